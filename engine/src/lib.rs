@@ -1,0 +1,1 @@
+//! The virtual RNIC, free of I/O.

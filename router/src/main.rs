@@ -1,0 +1,2 @@
+//! The `freeflow` program.
+fn main() {}

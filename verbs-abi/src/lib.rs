@@ -1,0 +1,1 @@
+//! Everything two programs must agree on: the C ABI of verbs, the socket protocol, the layout of shared memory.
