@@ -1,1 +1,4 @@
 //! Everything two programs must agree on: the C ABI of verbs, the socket protocol, the layout of shared memory.
+
+pub mod ffi;
+pub mod ffi_private;
