@@ -2,3 +2,5 @@
 
 pub mod ffi;
 pub mod ffi_private;
+pub mod verbs;
+mod words;
