@@ -1,1 +1,4 @@
 //! The per-host router.
+
+pub mod config;
+pub mod status;

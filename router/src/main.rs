@@ -1,2 +1,10 @@
 //! The `freeflow` program.
-fn main() {}
+//!
+//! Does: hand over to the command line. Leaves to others: everything.
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,0 +1,107 @@
+//! What a router tells about itself.
+//!
+//! Does: the words of `freeflow status`, as they cross the control socket and as `--json` prints them.
+//! Leaves to others: collecting them (daemon), asking for them (client) and showing them as tables (command line).
+//!
+//! Fields are only ever added at the end of a structure; counters count since the client or router started.
+
+use serde::{Deserialize, Serialize};
+
+/// A snapshot of one router.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the router program, as `freeflow --version` prints it.
+    pub version: String,
+    /// Process id in the router's own PID namespace.
+    pub pid: u32,
+    /// Seconds since the router started.
+    pub uptime_seconds: u64,
+    /// Path of the control socket.
+    pub socket: String,
+    /// Data-path threads.
+    pub lanes: Vec<Lane>,
+    /// Opened devices, oldest first.
+    pub clients: Vec<Client>,
+    /// Queue pairs of all clients, by number.
+    pub qps: Vec<Qp>,
+}
+
+/// One data-path thread.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lane {
+    /// Index of the lane.
+    pub id: u32,
+    /// Work requests executed in the router's seat.
+    pub work_requests: u64,
+    /// Times the lane went to sleep because there was nothing to do.
+    pub sleeps: u64,
+}
+
+/// One opened device of one process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Client {
+    /// The router's number for it; never used twice in a router's life.
+    pub id: u64,
+    /// Process id in the router's PID namespace; 0 where the router cannot see the process.
+    pub pid: u32,
+    /// User id of the process.
+    pub uid: u32,
+    /// The process's command name.
+    pub comm: String,
+    /// Trust domain.
+    pub tenant: String,
+    /// Who executes its work requests: `isolated` or `direct`.
+    pub mode: String,
+    /// GIDs, by index, as addresses.
+    pub addresses: Vec<String>,
+    /// Number of queue pairs.
+    pub qps: u32,
+    /// Number of completion queues.
+    pub cqs: u32,
+    /// Number of memory regions.
+    pub mrs: u32,
+    /// Bytes of registered memory, each region at its full length.
+    pub mr_bytes: u64,
+    /// Traffic of all its queue pairs.
+    pub counters: Counters,
+}
+
+/// Traffic, as a port or a queue pair counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Messages sent as requester.
+    pub tx_messages: u64,
+    /// Bytes sent as requester; for RDMA READ the bytes are counted as received.
+    pub tx_bytes: u64,
+    /// Messages received as responder.
+    pub rx_messages: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Receiver-not-ready answers sent.
+    pub rnr_naks: u64,
+    /// Requests sent again, after a time-out or a receiver-not-ready answer.
+    pub retries: u64,
+    /// Work requests that completed in error, flushes left out.
+    pub errors: u64,
+}
+
+/// One queue pair.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Qp {
+    /// Number, unique on this host.
+    pub qpn: u32,
+    /// The client it belongs to.
+    pub client: u64,
+    /// Transport: `RC`, `UC` or `UD`.
+    pub transport: String,
+    /// State: `RESET`, `INIT`, `RTR`, `RTS`, `SQD`, `SQE` or `ERR`.
+    pub state: String,
+    /// GID of the peer, where one is set.
+    pub peer_gid: Option<String>,
+    /// Number of the peer's queue pair, where one is set.
+    pub peer_qpn: Option<u32>,
+    /// Who executes its send queue now: `isolated` (the router) or `direct` (its owner).
+    pub mode: String,
+    /// Traffic of this queue pair.
+    pub counters: Counters,
+}
