@@ -75,7 +75,7 @@ impl Default for Limits {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read the configuration {path}")]
     Read {
         /// The file.
         path: PathBuf,
@@ -83,7 +83,7 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The file is not TOML, or says something that is not known.
-    #[error("the configuration {path} is wrong: {source}")]
+    #[error("the configuration {path} is wrong")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -180,7 +180,8 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(text, Path::new("router.toml")).map_err(|error| error.to_string())
+        Config::parse(text, Path::new("router.toml"))
+            .map_err(|error| format!("{:#}", anyhow::Error::from(error)))
     }
 
     #[test]

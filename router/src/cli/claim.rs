@@ -99,7 +99,7 @@ fn lock_beside(path: &Path) -> Result<File, Failure> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
         .open(&name);
-    let mut file = open.with_context(|| format!("cannot open the lock file {shown}"))?;
+    let mut file = open.with_context(|| format!("cannot open the lock file {shown} beside the socket"))?;
     // A router that is just ending still has it; give that a moment.
     for _ in 0..40 {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {

@@ -94,7 +94,7 @@ fn report(findings: &[(&str, Finding)]) -> String {
         }
     }
     let [pass, warn, fail] = counts;
-    let _ = writeln!(text, "{pass} passed, {warn} warnings, {fail} failed");
+    let _ = writeln!(text, "{pass} passed, {warn} warned, {fail} failed");
     text
 }
 
@@ -169,6 +169,6 @@ mod tests {
         let wanted = ["PASS one fine", "WARN two so so", "-> do this", "FAIL three broken", "-> do that"]
             .map(str::to_owned);
         assert_eq!(lines[..5], wanted);
-        assert_eq!(lines[5], "1 passed, 1 warnings, 1 failed");
+        assert_eq!(lines[5], "1 passed, 1 warned, 1 failed");
     }
 }

@@ -28,7 +28,7 @@ const DIRECTORY: &str = "/dev/infiniband";
 
 /// The step that was refused, and what the system said.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {step}: {source}")]
+#[error("cannot {step}")]
 pub(crate) struct NamespaceError {
     step: &'static str,
     source: io::Error,
@@ -63,7 +63,13 @@ fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
 /// A user namespace in which this user and group are themselves. Others show up as `nobody`.
 fn enter_user_namespace() -> Result<(), NamespaceError> {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-    step("make a user namespace", unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNS))?;
+    match unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) {
+        // The system's own words, "no space left on device", would send people to look at their disks.
+        Err(Errno::NOSPC) => {
+            step("make one more user namespace (user.max_user_namespaces)", Err(Errno::NOSPC))?
+        }
+        result => step("make a user namespace", result)?,
+    }
     // A group map of one's own needs it; the groups one is in stay.
     step("give up setgroups in the user namespace", fs::write("/proc/self/setgroups", "deny"))?;
     step("map the user id", fs::write("/proc/self/uid_map", format!("{uid} {uid} 1")))?;

@@ -2,7 +2,11 @@
 //!
 //! Does: tell a live router from a file that a dead one left behind, without a word of the protocol.
 
-use std::{io, path::Path};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
 
 use rustix::{
     io::Errno,
@@ -25,7 +29,7 @@ pub(crate) enum Listener {
 /// Looks who listens at `path`.
 pub(crate) fn probe(path: &Path) -> Listener {
     match dial(path) {
-        Ok(pid) => Listener::Live { pid },
+        Ok(socket) => Listener::Live { pid: listener_pid(&socket) },
         Err(Errno::CONNREFUSED) if is_socket(path) => Listener::Stale,
         Err(Errno::NOENT | Errno::NOTDIR) => Listener::Absent,
         // The queue of new connections is full: somebody is there and busy.
@@ -39,17 +43,17 @@ fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket())
 }
 
-/// Connects, asks the kernel who called listen(2), and hangs up.
-fn dial(path: &Path) -> Result<Option<u32>, Errno> {
+/// Connects, and says nothing.
+pub(crate) fn dial(path: &Path) -> Result<OwnedFd, Errno> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     connect(&socket, &address)?;
-    Ok(listener_pid(&socket))
+    Ok(socket)
 }
 
-/// The listener's process id; none where it lives in a PID namespace that cannot be seen from this one.
-fn listener_pid(socket: &impl std::os::fd::AsRawFd) -> Option<u32> {
+/// The process id of who called listen(2); none where it lives in a PID namespace that cannot be seen from this one.
+fn listener_pid(socket: &OwnedFd) -> Option<u32> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of::<libc::ucred>() as libc::socklen_t;
     // Raw, because a pid of 0 ("not visible from here") does not fit the typed wrapper.

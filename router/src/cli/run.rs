@@ -8,12 +8,13 @@ use std::{
     env,
     ffi::OsString,
     io,
-    os::unix::process::CommandExt,
+    os::{fd::IntoRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
 use anyhow::{Context, anyhow, bail};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use super::{
     Failure, autostart,
@@ -21,10 +22,13 @@ use super::{
     install::Tree,
     namespace,
     node::{self, MEND, Node},
-    probe::{Listener, probe},
+    probe::{Listener, dial, probe},
     runtime::Socket,
     variables::{Mode, Variables, variables},
 };
+
+/// The held connection's descriptor, or the next free one: out of the way of scripts that use small numbers.
+const HELD_DESCRIPTOR: i32 = 100;
 
 const MORE: &str = "\
 The program keeps user, groups, working directory, network and terminal. Where /dev/infiniband/uverbs_ff0 does not
@@ -32,7 +36,7 @@ exist, it gets a mount namespace in which it does; for an ordinary user that tak
 set-uid programs such as sudo gain nothing.
 
 Without --socket (and FREEFLOW_SOCKET) this user's router is used; where none runs, one is started, which ends by
-itself half a minute after its last client.
+itself half a minute after the last program that uses it.
 
 Exit codes: the program's own; 125 freeflow could not start it; 126 it cannot be executed; 127 it was not found.
 
@@ -76,6 +80,7 @@ fn prepare(socket: Option<&Path>, mode: Option<Mode>) -> anyhow::Result<Variable
     } else {
         // Before any namespace is entered: the router must not live in the program's.
         autostart::ensure_router(&socket.path)?;
+        hold(&socket.path);
     }
     if node::look() != Node::Usable {
         namespace::enter().with_context(|| {
@@ -91,6 +96,17 @@ fn prepare(socket: Option<&Path>, mode: Option<Mode>) -> anyhow::Result<Variable
         }
     }
     Ok(variables(&tree, &socket.path, mode, |name| env::var_os(name)))
+}
+
+/// Keeps a connection for as long as the program or a child of it lives, so that the router does not count itself idle
+/// while, say, an interactive shell has opened no device yet. Without it the router still serves.
+fn hold(path: &Path) {
+    let Ok(connection) = dial(path) else { return };
+    let Ok(kept) = fcntl_dupfd_cloexec(&connection, HELD_DESCRIPTOR) else { return };
+    if fcntl_setfd(&kept, FdFlags::empty()).is_ok() {
+        // Not closed here, and not at exec either: that is its purpose.
+        let _ = kept.into_raw_fd();
+    }
 }
 
 /// A router the user named is the user's to start.

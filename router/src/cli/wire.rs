@@ -12,16 +12,25 @@ use rustix::{
 
 /// Serves `listener` until the daemon is told to end or has been idle for as long as the configuration says.
 ///
-/// Stands in for the daemon: it accepts connections and hangs up.
+/// Stands in for the daemon: it accepts connections and waits until they hang up.
 pub(crate) fn run_router(config: &Config, listener: OwnedFd) -> anyhow::Result<()> {
     let idle = config.idle_exit().map(|idle| Timespec { tv_sec: idle.as_secs() as i64, tv_nsec: 0 });
+    let mut clients: Vec<OwnedFd> = Vec::new();
     loop {
-        let mut polled = [PollFd::new(&listener, PollFlags::IN)];
-        match poll(&mut polled, idle.as_ref()) {
+        let fds = std::iter::once(&listener).chain(&clients);
+        let mut polled: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        let ready = poll(&mut polled, idle.as_ref().filter(|_| clients.is_empty()));
+        let events: Vec<_> = polled.iter().map(PollFd::revents).collect();
+        match ready {
             Ok(0) => return Ok(()),
-            Ok(_) => drop(accept_with(&listener, SocketFlags::CLOEXEC)),
-            Err(Errno::INTR) => {}
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
             Err(error) => return Err(error).context("cannot wait for clients"),
+        }
+        let mut gone = events[1..].iter().map(|events| events.contains(PollFlags::HUP));
+        clients.retain(|_| !gone.next().unwrap_or(false));
+        if !events[0].is_empty() {
+            clients.extend(accept_with(&listener, SocketFlags::CLOEXEC));
         }
     }
 }
