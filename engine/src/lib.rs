@@ -1,1 +1,36 @@
-//! The virtual RNIC, free of I/O.
+//! The virtual RNIC, free of sockets, threads, clocks and mmap.
+//!
+//! ```text
+//!   SQ --> Requester --(request)--> Responder --> memory, RQ, completions of the peer
+//!            ^   |                      |
+//!            |   +--> own completions   |
+//!            +-------- reply -----------+
+//! ```
+//!
+//! The two halves run back to back in one of two seats: the router's, where [`Fabric`] holds every QP of the
+//! host, or the application's own thread (direct mode), which holds one [`Requester`] and its peer's
+//! [`Responder`]. Time is a number of nanoseconds that the caller passes in; memory is the trait [`Memory`].
+
+mod bell;
+mod completion;
+mod datagram;
+pub mod fabric;
+mod memory;
+mod place;
+mod requester;
+mod responder;
+mod transfer;
+
+pub use bell::Bell;
+pub use completion::{CompletionQueue, Completions};
+pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot};
+pub use memory::{Fault, Memory};
+pub use requester::{Attempt, Fetch, Requester, Verdict};
+pub use responder::Responder;
+
+/// Longest message, bytes; `max_msg_sz` of the port.
+pub const MAX_MESSAGE: u64 = 1 << 30;
+/// Longest datagram, bytes; the port's MTU.
+pub const MAX_DATAGRAM: u64 = 4096;
+/// Bytes that one turn may move before others get theirs.
+pub const SLICE: u64 = 256 * 1024;

@@ -7,8 +7,8 @@ use std::{
 };
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -64,7 +64,9 @@ impl Endpoint {
             match sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
                 Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(ProtoError::Closed),
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
+                    return Err(ProtoError::Closed);
+                }
                 Err(error) => return Err(ProtoError::Io(error.into())),
             }
         }
@@ -99,8 +101,8 @@ impl Endpoint {
         if received.bytes == 0 {
             return Err(ProtoError::Closed);
         }
-        let message =
-            postcard::from_bytes(&bytes[..received.bytes]).map_err(|_| ProtoError::Malformed(received.bytes))?;
+        let message = postcard::from_bytes(&bytes[..received.bytes])
+            .map_err(|_| ProtoError::Malformed(received.bytes))?;
         Ok((message, fds))
     }
 }

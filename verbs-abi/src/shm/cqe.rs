@@ -137,7 +137,16 @@ mod tests {
         assert_eq!(reader.pop(), None);
         for lap in 0..10u32 {
             let written: Vec<_> = (0..3u8)
-                .map(|i| Cqe { wr_id: u64::from(lap), byte_len: 1, imm: 2, src_qp: 3, wqe: lap, status: i, opcode: 5, flags: 6 })
+                .map(|i| Cqe {
+                    wr_id: u64::from(lap),
+                    byte_len: 1,
+                    imm: 2,
+                    src_qp: 3,
+                    wqe: lap,
+                    status: i,
+                    opcode: 5,
+                    flags: 6,
+                })
                 .collect();
             written.iter().for_each(|cqe| writer.push(cqe));
             let read: Vec<_> = std::iter::from_fn(|| reader.pop()).collect();

@@ -121,6 +121,13 @@ impl QpHeader {
         self.0.u64(80)
     }
 
+    /// How an owner's failed request ended, for the router to act on when it takes the seat.
+    #[inline]
+    #[must_use]
+    pub fn verdict(&self) -> &AtomicU32 {
+        self.0.u32(96)
+    }
+
     /// The seat token.
     #[inline]
     #[must_use]

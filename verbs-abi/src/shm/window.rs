@@ -117,7 +117,11 @@ impl Window {
     #[inline]
     #[must_use]
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
-        assert!(offset + 4 <= self.len && offset % 4 == 0, "word {offset} outside a window of {}", self.len);
+        assert!(
+            offset + 4 <= self.len && offset.is_multiple_of(4),
+            "word {offset} outside a window of {}",
+            self.len
+        );
         // SAFETY: in bounds and aligned (the base is aligned to at least 8); atomics tolerate any bit pattern
         // and concurrent writers; the window keeps the memory mapped for the returned lifetime.
         unsafe { &*self.base.as_ptr().add(offset).cast::<AtomicU32>() }
@@ -130,7 +134,11 @@ impl Window {
     #[inline]
     #[must_use]
     pub fn u64(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset + 8 <= self.len && offset % 8 == 0, "word {offset} outside a window of {}", self.len);
+        assert!(
+            offset + 8 <= self.len && offset.is_multiple_of(8),
+            "word {offset} outside a window of {}",
+            self.len
+        );
         // SAFETY: as in `u32`.
         unsafe { &*self.base.as_ptr().add(offset).cast::<AtomicU64>() }
     }

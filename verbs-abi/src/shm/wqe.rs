@@ -258,7 +258,8 @@ impl SendWqe {
             None if num_sge > 0 => self.sges[0].words(),
             None => [0; 2],
         };
-        let shape = u64::from(self.opcode) | u64::from(self.flags) << 8 | blocks << 16 | (num_sge as u64) << 24;
+        let shape =
+            u64::from(self.opcode) | u64::from(self.flags) << 8 | blocks << 16 | (num_sge as u64) << 24;
         write(
             0,
             &[
@@ -473,7 +474,8 @@ mod tests {
     #[test]
     fn a_send_with_every_number_of_sges_survives_the_queue() {
         for count in 0..=MAX_SGE {
-            let mut wqe = SendWqe { wr_id: 9, opcode: 2, imm: 3, rkey: 4, remote_addr: 5, ..SendWqe::default() };
+            let mut wqe =
+                SendWqe { wr_id: 9, opcode: 2, imm: 3, rkey: 4, remote_addr: 5, ..SendWqe::default() };
             for i in 0..count {
                 assert!(wqe.push_sge(Sge { addr: i as u64, length: 100 + i as u32, lkey: 7 }));
             }

@@ -1,0 +1,77 @@
+//! Writing completions: the ring of one QP and direction, the CQ it belongs to, the bell of its channel.
+
+use std::sync::Arc;
+
+use verbs_abi::shm::{
+    cq::CqArea,
+    cqe::{CompletionWriter, Cqe},
+};
+
+use crate::Bell;
+
+/// A CQ as a seat sees it.
+#[derive(Debug)]
+pub struct CompletionQueue {
+    area: CqArea,
+    bell: Option<Arc<dyn Bell>>,
+}
+
+impl CompletionQueue {
+    /// The CQ at `area`, whose completion channel (if any) is woken by `bell`.
+    #[must_use]
+    pub fn new(area: CqArea, bell: Option<Arc<dyn Bell>>) -> Self {
+        Self { area, bell }
+    }
+
+    fn publish(&self, slot: u32, solicited: bool) {
+        if self.area.publish(slot, solicited)
+            && let Some(bell) = &self.bell
+        {
+            bell.ring();
+        }
+    }
+}
+
+/// The completions of one QP and direction.
+#[derive(Debug)]
+pub struct Completions {
+    writer: CompletionWriter,
+    cq: Arc<CompletionQueue>,
+    slot: u32,
+}
+
+impl Completions {
+    /// Completions that go to ring `slot` of `cq`.
+    #[must_use]
+    pub fn new(writer: CompletionWriter, cq: Arc<CompletionQueue>, slot: u32) -> Self {
+        Self { writer, cq, slot }
+    }
+
+    /// Publishes a completion and wakes whoever asked for it.
+    #[inline]
+    pub(crate) fn push(&mut self, cqe: &Cqe, solicited: bool) {
+        self.writer.push(cqe);
+        self.cq.publish(self.slot, solicited || cqe.status != 0);
+    }
+
+    /// Completions written so far.
+    pub(crate) fn count(&self) -> u64 {
+        self.writer.tail()
+    }
+
+    /// Continues where another seat stopped.
+    pub(crate) fn seek(&mut self, count: u64) {
+        if count != self.writer.tail() {
+            self.writer.seek(count);
+        }
+    }
+
+    /// Takes over from a seat that died: whatever it published counts, and is announced again.
+    pub(crate) fn roll_forward(&mut self, count: u64) {
+        self.writer.seek(count);
+        while self.writer.tail_is_published() {
+            self.writer.seek(self.writer.tail() + 1);
+        }
+        self.cq.publish(self.slot, true);
+    }
+}

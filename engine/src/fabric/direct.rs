@@ -1,0 +1,137 @@
+//! Direct mode, as the router sees it: pairing at RTR, the seat token's way back and forth, revocation.
+//!
+//! Only the owner or the router executes a QP's send queue. `held` says that the router's halves are current:
+//! it holds the seat and has resumed from the shared words.
+
+use verbs_abi::{
+    proto::{DirectPeer, Mode},
+    verbs::{EventType, QpState, QpType},
+};
+
+use super::Fabric;
+use crate::Memory;
+
+impl<M: Memory> Fabric<M> {
+    /// Pairs a QP that enters RTR with its peer, if both clients are of one tenant and want direct mode.
+    pub(super) fn connect_direct(&mut self, at: usize) -> Option<(DirectPeer, u32)> {
+        let peer_at = self.resolve_peer(at)?;
+        let qp = self.qps[at].as_ref()?;
+        let peer = self.qps[peer_at].as_ref()?;
+        let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
+        let reliable = qp.requester.qp_type() == QpType::Rc && peer.requester.qp_type() == QpType::Rc;
+        if !reliable || client.mode != Mode::Direct || other.mode != Mode::Direct || at == peer_at {
+            return None;
+        }
+        let cq = other.cqs.get(&peer.create.recv_cq)?;
+        let direct = DirectPeer {
+            client: other.id,
+            qpn: peer.qpn,
+            offset: peer.offset,
+            geometry: peer.geometry,
+            pd: peer.create.pd,
+            cq_offset: cq.offset,
+            recv_slot: peer.rings[1],
+        };
+        let recv_cq = peer.create.recv_cq;
+        self.qps[at].as_mut()?.direct = Some(peer_at);
+        self.qps[peer_at].as_mut()?.attached.push(at);
+        Some((direct, recv_cq))
+    }
+
+    /// Ends direct connections from and to a QP; what owners did so far counts.
+    pub(super) fn disconnect(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        if let Some(peer_at) = qp.direct.take() {
+            qp.requester.area().header.seat().take_from_dead();
+            qp.held = true;
+            let _ = qp.requester.resume();
+            if let Some(peer) = self.qps[peer_at].as_mut() {
+                peer.attached.retain(|other| *other != at);
+                peer.responder.roll_forward();
+            }
+        }
+        let attached = self.qps[at].as_mut().map(|qp| std::mem::take(&mut qp.attached)).unwrap_or_default();
+        for other in attached {
+            // Its owner finds that nobody answers and parks; until then it keeps the seat.
+            let _ = self.hold_seat(other);
+            if let Some(qp) = self.qps[other].as_mut() {
+                qp.direct = None;
+                qp.peer = None;
+            }
+            self.schedule.enqueue(other);
+        }
+    }
+
+    /// Takes the seat of a QP from its idle owner and goes on where it stopped. False: the owner runs.
+    pub(super) fn hold_seat(&mut self, at: usize) -> bool {
+        let Some(qp) = self.qps[at].as_mut() else { return false };
+        if qp.held {
+            return true;
+        }
+        if !qp.requester.area().header.seat().take() {
+            return false;
+        }
+        qp.held = true;
+        let sane = qp.requester.resume();
+        let verdict = qp.requester.take_verdict();
+        let peer_at = qp.direct;
+        if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
+            peer.responder.roll_forward();
+        }
+        if !sane {
+            self.raise(at, EventType::QpFatal);
+            self.set_failed(at, None);
+        } else if let Some(verdict) = verdict {
+            self.set_failed(at, verdict.peer_failed.then_some(verdict.peer_event));
+        }
+        true
+    }
+
+    /// Gives the seat to the owner of a direct QP that is in RTS with nothing left to do.
+    pub(super) fn give_seat(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        let ready = qp.direct.is_some() && qp.held && qp.state == QpState::Rts && qp.waiting.is_none();
+        if !ready || qp.requester.has_work() {
+            return;
+        }
+        qp.held = false;
+        qp.requester.area().header.seat().give();
+        // The owner that saw the old value has rung; what it posted is taken up here or at that doorbell.
+        if qp.requester.has_work() && self.hold_seat(at) {
+            self.schedule.enqueue(at);
+        }
+    }
+
+    /// Whether the receive side of a QP is the router's: no owner of a peer executes on it now.
+    pub(super) fn seize_receives(&mut self, at: usize) -> bool {
+        let attached = self.qps[at].as_ref().map(|qp| qp.attached.clone()).unwrap_or_default();
+        attached.into_iter().fold(true, |all, other| {
+            let held = self.hold_seat(other);
+            if held {
+                self.schedule.enqueue(other);
+            }
+            all && held
+        })
+    }
+
+    /// Takes the receive side of a client's QP back from a direct peer. False: the peer runs at this moment;
+    /// ask again soon. Bounded by the caller: a stopped peer must stop nobody.
+    pub fn seize(&mut self, client: u32, qpn: u32) -> bool {
+        match self.owned(client, qpn) {
+            Some(at) => self.seize_receives(at),
+            None => true,
+        }
+    }
+
+    /// Whether no direct peer executes on a client's memory. True once is enough after a key was invalidated.
+    pub fn is_quiet(&mut self, client: u32) -> bool {
+        let Some(at) = self.client_index.get(&client) else { return true };
+        let qps: Vec<usize> =
+            self.clients[*at].iter().flat_map(|client| client.slots.iter().flatten().copied()).collect();
+        let mut quiet = true;
+        for qp in qps {
+            quiet &= self.seize_receives(qp);
+        }
+        quiet
+    }
+}

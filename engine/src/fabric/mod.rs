@@ -1,0 +1,288 @@
+//! The router's seat: every client and QP of the host, whose turn it is, who waits for what.
+//!
+//! Inputs: the control verbs ([`Fabric::open`], [`Fabric::create_qp`], [`Fabric::modify_qp`], ...), doorbells
+//! ([`Fabric::collect`]) and the time. Output: memory, completions, rung bells. Call [`Fabric::run`] while it
+//! says there is more, then sleep until a doorbell or [`Fabric::next_timer`].
+
+mod direct;
+mod modify;
+mod objects;
+mod run;
+mod schedule;
+
+use std::{collections::HashMap, sync::Arc};
+
+use verbs_abi::{
+    proto::{CreateQp, DirectPeer, Gid, Mode, QpAttr},
+    shm::{
+        doorbell::Doorbells,
+        events::{AsyncEvent, EventWriter},
+        queue::{Geometry, QueueArea},
+    },
+    verbs::{EventType, QpState},
+};
+
+use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
+
+use schedule::Schedule;
+
+/// Entries of a client's GID table.
+pub const GID_TABLE_LEN: u32 = 16;
+/// Reads and atomics outstanding, either side.
+pub const MAX_RD_ATOMIC: u8 = 16;
+
+/// What a client brings when it opens.
+#[derive(Debug)]
+pub struct ClientInit<M> {
+    /// Trust domain; QPs of different tenants never meet.
+    pub tenant: u32,
+    /// Mode granted.
+    pub mode: Mode,
+    /// Its doorbells.
+    pub doorbells: Doorbells,
+    /// Its async event ring.
+    pub events: EventWriter,
+    /// Woken after an async event.
+    pub event_bell: Arc<dyn Bell>,
+    /// Its memory and keys.
+    pub memory: M,
+    /// Its addresses.
+    pub gids: Vec<Gid>,
+}
+
+/// What a new QP is made of.
+#[derive(Debug)]
+pub struct QpInit {
+    /// What the client asked for.
+    pub create: CreateQp,
+    /// Sizes of its queues.
+    pub geometry: Geometry,
+    /// Its place in the arena.
+    pub area: QueueArea,
+    /// Offset of that place.
+    pub offset: u64,
+}
+
+/// What [`Fabric::modify_qp`] did beside the transition.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Modified {
+    /// The QP is now connected in direct mode: its peer, and the peer's receive CQ (whose channel's bell the
+    /// client may ring from now on).
+    pub direct: Option<(DirectPeer, u32)>,
+}
+
+/// A QP, for `freeflow status`.
+#[derive(Clone, Debug)]
+pub struct QpSnapshot {
+    /// Its number.
+    pub qpn: u32,
+    /// Its client.
+    pub client: u32,
+    /// `enum ibv_qp_type`.
+    pub qp_type: u32,
+    /// State.
+    pub state: QpState,
+    /// Peer's QP number, when connected.
+    pub peer_qpn: u32,
+    /// Peer's GID, when connected.
+    pub peer_gid: Gid,
+    /// Who executes its send queue.
+    pub mode: Mode,
+    /// Messages sent by the router's seat.
+    pub messages: u64,
+    /// Bytes sent by the router's seat.
+    pub bytes: u64,
+    /// RNR NAKs received.
+    pub rnr_naks: u64,
+    /// Requests repeated after a timeout.
+    pub timeouts: u64,
+}
+
+/// One client.
+#[derive(Debug)]
+struct Client<M> {
+    id: u32,
+    tenant: u32,
+    mode: Mode,
+    doorbells: Doorbells,
+    events: EventWriter,
+    event_bell: Arc<dyn Bell>,
+    memory: M,
+    gids: Vec<Gid>,
+    /// QP by doorbell slot.
+    slots: Vec<Option<usize>>,
+    free_slots: Vec<u32>,
+    cqs: HashMap<u32, Cq>,
+    next_cq: u32,
+}
+
+/// One CQ.
+#[derive(Debug)]
+struct Cq {
+    queue: Arc<CompletionQueue>,
+    offset: u64,
+    rings: u32,
+    free_rings: Vec<u32>,
+    next_ring: u32,
+}
+
+/// One QP: its two halves and what the tables need to know of it.
+#[derive(Debug)]
+struct Qp {
+    qpn: u32,
+    /// Index of its client.
+    owner: usize,
+    slot: u32,
+    create: CreateQp,
+    geometry: Geometry,
+    offset: u64,
+    rings: [u32; 2],
+    attr: QpAttr,
+    state: QpState,
+    requester: Requester,
+    responder: Responder,
+    /// Waits until then (or for ever) unless poked.
+    waiting: Option<Option<u64>>,
+    /// Index of the peer, once found; checked against the number at each use.
+    peer: Option<usize>,
+    /// The peer in direct mode.
+    direct: Option<usize>,
+    /// QPs whose owners may execute on this one's receive side.
+    attached: Vec<usize>,
+    /// Whether the router's halves are those that count (the seat is the router's and was resumed).
+    held: bool,
+}
+
+/// Every client and QP of the host.
+#[derive(Debug)]
+pub struct Fabric<M> {
+    clients: Vec<Option<Client<M>>>,
+    client_index: HashMap<u32, usize>,
+    qps: Vec<Option<Qp>>,
+    free_qps: Vec<usize>,
+    qpn_index: HashMap<u32, usize>,
+    next_qpn: u32,
+    schedule: Schedule,
+    rung: Vec<usize>,
+    /// The time at the last turn.
+    now: u64,
+}
+
+impl<M: Memory> Default for Fabric<M> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<M: Memory> Fabric<M> {
+    /// A host without clients.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            clients: Vec::new(),
+            client_index: HashMap::new(),
+            qps: Vec::new(),
+            free_qps: Vec::new(),
+            qpn_index: HashMap::new(),
+            next_qpn: 0x100,
+            schedule: Schedule::default(),
+            rung: Vec::new(),
+            now: 0,
+        }
+    }
+
+    /// Adds a client under an id that is not in use.
+    pub fn open(&mut self, client: u32, init: ClientInit<M>) {
+        let ClientInit { tenant, mode, doorbells, events, event_bell, memory, gids } = init;
+        let client_state = Client {
+            id: client,
+            tenant,
+            mode,
+            doorbells,
+            events,
+            event_bell,
+            memory,
+            gids,
+            slots: Vec::new(),
+            free_slots: Vec::new(),
+            cqs: HashMap::new(),
+            next_cq: 1,
+        };
+        let at = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
+        if at == self.clients.len() {
+            self.clients.push(None);
+        }
+        self.clients[at] = Some(client_state);
+        self.client_index.insert(client, at);
+    }
+
+    /// Ends a client that is gone: its objects end, its peers' requests run into their timeouts.
+    pub fn close(&mut self, client: u32) {
+        let Some(at) = self.client_index.remove(&client) else { return };
+        let qps: Vec<usize> =
+            self.clients[at].iter().flat_map(|client| client.slots.iter().flatten().copied()).collect();
+        for qp in qps {
+            self.remove_qp(qp);
+        }
+        self.clients[at] = None;
+    }
+
+    /// Replaces a client's addresses.
+    pub fn set_gids(&mut self, client: u32, gids: Vec<Gid>) {
+        if let Some(client) = self.client_mut(client) {
+            client.gids = gids;
+        }
+    }
+
+    /// A client's memory and keys.
+    pub fn memory_mut(&mut self, client: u32) -> Option<&mut M> {
+        self.client_mut(client).map(|client| &mut client.memory)
+    }
+
+    /// Every QP, for `freeflow status`.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<QpSnapshot> {
+        self.qps.iter().flatten().map(|qp| self.snapshot_of(qp)).collect()
+    }
+
+    fn snapshot_of(&self, qp: &Qp) -> QpSnapshot {
+        let traffic = qp.requester.traffic();
+        QpSnapshot {
+            qpn: qp.qpn,
+            client: self.clients[qp.owner].as_ref().map_or(0, |client| client.id),
+            qp_type: qp.create.qp_type,
+            state: qp.state,
+            peer_qpn: qp.attr.dest_qp_num,
+            peer_gid: qp.attr.ah_attr.dgid,
+            mode: if qp.direct.is_some() { Mode::Direct } else { Mode::Isolated },
+            messages: traffic.messages,
+            bytes: traffic.bytes,
+            rnr_naks: traffic.rnr_naks,
+            timeouts: traffic.timeouts,
+        }
+    }
+
+    fn client_mut(&mut self, client: u32) -> Option<&mut Client<M>> {
+        let at = *self.client_index.get(&client)?;
+        self.clients[at].as_mut()
+    }
+
+    /// Index of a QP, if the client owns it.
+    fn owned(&self, client: u32, qpn: u32) -> Option<usize> {
+        let owner = self.client_index.get(&client)?;
+        let at = *self.qpn_index.get(&qpn)?;
+        self.qps[at].as_ref().filter(|qp| qp.owner == *owner).map(|_| at)
+    }
+
+    /// Tells a QP's owner about an event.
+    fn raise(&mut self, at: usize, event: EventType) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        if let Some(client) = self.clients[qp.owner].as_mut() {
+            client.events.push(AsyncEvent { kind: event.value(), element: qp.qpn });
+            client.event_bell.ring();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

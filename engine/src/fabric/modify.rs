@@ -1,0 +1,174 @@
+//! `ibv_modify_qp`: the checks are the state table's, the consequences are here.
+
+use verbs_abi::{
+    proto::QpAttr,
+    qp_state::{self, AttrLimits},
+    verbs::{AccessFlags, EventType, Mtu, QpAttrMask, QpState, QpType},
+};
+
+use super::{Fabric, GID_TABLE_LEN, MAX_RD_ATOMIC, Modified, Qp};
+use crate::{Memory, requester::Retries};
+
+/// How soon to look again at a seat whose owner runs, ns.
+const LOOK_AGAIN: u64 = 50_000;
+const EINVAL: i32 = 22;
+const ENOENT: i32 = 2;
+
+/// The limits that attributes are checked against.
+const LIMITS: AttrLimits = AttrLimits {
+    gid_tbl_len: GID_TABLE_LEN,
+    max_mtu: Mtu::Mtu4096,
+    max_rd_atomic: MAX_RD_ATOMIC,
+    max_dest_rd_atomic: MAX_RD_ATOMIC,
+};
+
+impl<M: Memory> Fabric<M> {
+    /// Changes a QP's attributes and state. Before a transition to RESET or ERR the caller made sure that no
+    /// direct peer executes on it ([`Fabric::seize`]).
+    ///
+    /// # Errors
+    /// ENOENT without such a QP; the errno of what the state table refuses.
+    pub fn modify_qp(&mut self, client: u32, qpn: u32, mask: u32, attr: &QpAttr) -> Result<Modified, i32> {
+        let at = self.owned(client, qpn).ok_or(ENOENT)?;
+        let Some(qp) = self.qps[at].as_mut() else { return Err(ENOENT) };
+        let from = qp.state;
+        let qp_type = qp.requester.qp_type();
+        let to = qp_state::modify(qp_type, from, mask, attr, &LIMITS).map_err(|_| EINVAL)?;
+        let mask = QpAttrMask::try_from(mask).map_err(|_| EINVAL)?;
+        merge(&mut qp.attr, attr, mask);
+        qp.apply();
+        Ok(self.enter(
+            at,
+            from,
+            to,
+            attr.en_sqd_async_notify != 0 && mask.contains(QpAttrMask::EN_SQD_ASYNC_NOTIFY),
+        ))
+    }
+
+    /// What a transition brings with it.
+    fn enter(&mut self, at: usize, from: QpState, to: QpState, announce_drain: bool) -> Modified {
+        let mut modified = Modified::default();
+        match to {
+            QpState::Reset => self.reset(at),
+            QpState::Err => self.fail_all(at),
+            _ => self.set_state(at, to),
+        }
+        if from == QpState::Init && to == QpState::Rtr {
+            modified.direct = self.connect_direct(at);
+            // Whoever sent too early need not wait for its timeout.
+            self.poke_waiters_for(at);
+        }
+        if to == QpState::Rts && from != to {
+            self.give_seat(at);
+            self.schedule.enqueue(at);
+        }
+        if to == QpState::Sqd && from == QpState::Rts {
+            let _ = self.hold_seat(at);
+            if announce_drain {
+                self.raise(at, EventType::SqDrained);
+            }
+        }
+        modified
+    }
+
+    fn set_state(&mut self, at: usize, state: QpState) {
+        if let Some(qp) = self.qps[at].as_mut() {
+            qp.state = state;
+            qp.responder.set_state(state);
+        }
+    }
+
+    /// Back to the start: nothing posted, nothing completed, no peer.
+    fn reset(&mut self, at: usize) {
+        self.disconnect(at);
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        self.schedule.forget(at, qp.attr.dest_qp_num);
+        qp.area_seat_to_router();
+        qp.requester.reset();
+        qp.responder.reset();
+        qp.attr = QpAttr { cap: qp.attr.cap, path_mig_state: qp.attr.path_mig_state, ..QpAttr::default() };
+        qp.apply();
+        qp.waiting = None;
+        qp.peer = None;
+        self.set_state(at, QpState::Reset);
+    }
+
+    /// Into ERR: everything posted, now or later, is flushed.
+    pub(super) fn fail_all(&mut self, at: usize) {
+        self.set_state(at, QpState::Err);
+        let holds = self.hold_seat(at);
+        let receives = self.seize_receives(at);
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        qp.waiting = None;
+        qp.responder.set_ring_me(true);
+        if holds {
+            qp.requester.flush();
+        }
+        if receives {
+            qp.responder.flush();
+        }
+        if !holds || !receives {
+            // An owner is in the middle of something and will see the state: look again soon.
+            let when = self.now + LOOK_AGAIN;
+            qp.waiting = Some(Some(when));
+            self.schedule.set_timer(when, at);
+        }
+    }
+
+    /// The error of an unreliable QP's send queue: receives go on.
+    pub(super) fn fail_sends(&mut self, at: usize) {
+        self.set_state(at, QpState::Sqe);
+        if let Some(qp) = self.qps[at].as_mut() {
+            qp.requester.flush();
+        }
+    }
+}
+
+impl Qp {
+    /// Hands the attributes to the halves.
+    fn apply(&mut self) {
+        let attr = &self.attr;
+        let access = AccessFlags::try_from(attr.qp_access_flags).unwrap_or_default();
+        self.requester.set_retries(Retries {
+            timeout: attr.timeout,
+            retry_cnt: attr.retry_cnt,
+            rnr_retry: attr.rnr_retry,
+        });
+        let peer = if self.requester.qp_type() == QpType::Ud { 0 } else { attr.dest_qp_num };
+        self.responder.configure(peer, access, attr.min_rnr_timer, attr.qkey);
+    }
+
+    fn area_seat_to_router(&mut self) {
+        self.requester.area().header.seat().take_from_dead();
+        self.held = true;
+    }
+}
+
+/// Takes over the attributes in the mask.
+fn merge(into: &mut QpAttr, from: &QpAttr, mask: QpAttrMask) {
+    macro_rules! take {
+        ($($flag:ident => $($field:ident),+;)+) => {
+            $(if mask.contains(QpAttrMask::$flag) { $(into.$field = from.$field;)+ })+
+        };
+    }
+    take! {
+        ACCESS_FLAGS => qp_access_flags;
+        PKEY_INDEX => pkey_index;
+        PORT => port_num;
+        QKEY => qkey;
+        AV => ah_attr;
+        PATH_MTU => path_mtu;
+        TIMEOUT => timeout;
+        RETRY_CNT => retry_cnt;
+        RNR_RETRY => rnr_retry;
+        RQ_PSN => rq_psn;
+        MAX_QP_RD_ATOMIC => max_rd_atomic;
+        MIN_RNR_TIMER => min_rnr_timer;
+        SQ_PSN => sq_psn;
+        MAX_DEST_RD_ATOMIC => max_dest_rd_atomic;
+        PATH_MIG_STATE => path_mig_state;
+        DEST_QPN => dest_qp_num;
+        EN_SQD_ASYNC_NOTIFY => en_sqd_async_notify;
+        RATE_LIMIT => rate_limit;
+    }
+}

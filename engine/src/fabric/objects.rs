@@ -1,0 +1,185 @@
+//! CQs and QPs come and go.
+
+use std::sync::Arc;
+
+use verbs_abi::{
+    proto::{NewQp, QpAttr},
+    shm::{arena, cq, cq::CqArea, cqe::CompletionWriter},
+    verbs::{MigState, QpState, QpType},
+};
+
+use super::{Cq, Fabric, Qp, QpInit};
+use crate::{Bell, CompletionQueue, Completions, Memory, Requester, Responder};
+
+const EINVAL: i32 = 22;
+const ENOMEM: i32 = 12;
+const EBUSY: i32 = 16;
+const ENOENT: i32 = 2;
+const EOPNOTSUPP: i32 = 95;
+const LAST_QPN: u32 = 0x00ff_fffe;
+
+impl<M: Memory> Fabric<M> {
+    /// Adds a CQ that lies at `area` (`offset` in the arena) and returns its id.
+    ///
+    /// # Errors
+    /// EINVAL without such a client.
+    pub fn create_cq(
+        &mut self,
+        client: u32,
+        area: CqArea,
+        offset: u64,
+        bell: Option<Arc<dyn Bell>>,
+    ) -> Result<u32, i32> {
+        let client = self.client_mut(client).ok_or(EINVAL)?;
+        let id = client.next_cq;
+        client.next_cq += 1;
+        let queue = Arc::new(CompletionQueue::new(area, bell));
+        client.cqs.insert(id, Cq { queue, offset, rings: 0, free_rings: Vec::new(), next_ring: 0 });
+        Ok(id)
+    }
+
+    /// Removes a CQ; returns its offset.
+    ///
+    /// # Errors
+    /// ENOENT without such a CQ, EBUSY while a QP uses it.
+    pub fn destroy_cq(&mut self, client: u32, cq: u32) -> Result<u64, i32> {
+        let client = self.client_mut(client).ok_or(EINVAL)?;
+        match client.cqs.get(&cq) {
+            None => Err(ENOENT),
+            Some(found) if found.rings > 0 => Err(EBUSY),
+            Some(found) => {
+                let offset = found.offset;
+                client.cqs.remove(&cq);
+                Ok(offset)
+            }
+        }
+    }
+
+    /// Adds a QP in RESET.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP for a type that this device does not have, ENOENT for an unknown CQ, ENOMEM without a free slot.
+    pub fn create_qp(&mut self, client: u32, init: QpInit) -> Result<NewQp, i32> {
+        let QpInit { create, geometry, area, offset } = init;
+        let qp_type = QpType::try_from(create.qp_type).map_err(|_| EINVAL)?;
+        if !matches!(qp_type, QpType::Rc | QpType::Uc | QpType::Ud) {
+            return Err(EOPNOTSUPP);
+        }
+        let qpn = self.new_qpn().ok_or(ENOMEM)?;
+        let at = self.free_qps.pop().unwrap_or(self.qps.len());
+        let owner = *self.client_index.get(&client).ok_or(EINVAL)?;
+        let client = self.clients[owner].as_mut().ok_or(EINVAL)?;
+        if !client.cqs.contains_key(&create.send_cq) || !client.cqs.contains_key(&create.recv_cq) {
+            return Err(ENOENT);
+        }
+        let slot = client.free_slots.pop().unwrap_or(client.slots.len() as u32);
+        if slot >= arena::MAX_QP {
+            return Err(ENOMEM);
+        }
+        let mut take_ring = |cq: u32| client.cqs.get_mut(&cq).and_then(Cq::take_ring).ok_or(ENOMEM);
+        let (send_cq, send_slot) = take_ring(create.send_cq)?;
+        let (recv_cq, recv_slot) = take_ring(create.recv_cq)?;
+        if slot as usize == client.slots.len() {
+            client.slots.push(None);
+        }
+        client.slots[slot as usize] = Some(at);
+
+        let sends = Completions::new(CompletionWriter::new(area.sq_cqes.clone(), 0), send_cq, send_slot);
+        let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), recv_cq, recv_slot);
+        let attr =
+            QpAttr { cap: create.cap, path_mig_state: MigState::Migrated.value(), ..QpAttr::default() };
+        let qp = Qp {
+            qpn,
+            owner,
+            slot,
+            create,
+            geometry,
+            offset,
+            rings: [send_slot, recv_slot],
+            attr,
+            state: QpState::Reset,
+            requester: Requester::new(qpn, qp_type, create.pd, area.clone(), sends),
+            responder: Responder::new(qp_type, create.pd, area, receives),
+            waiting: None,
+            peer: None,
+            direct: None,
+            attached: Vec::new(),
+            held: true,
+        };
+        if at == self.qps.len() {
+            self.qps.push(None);
+        }
+        self.qps[at] = Some(qp);
+        self.qpn_index.insert(qpn, at);
+        Ok(NewQp { qpn, slot, offset, geometry, send_slot, recv_slot })
+    }
+
+    /// What `ibv_query_qp` returns.
+    ///
+    /// # Errors
+    /// ENOENT without such a QP.
+    pub fn query_qp(&self, client: u32, qpn: u32) -> Result<QpAttr, i32> {
+        let qp = self.owned(client, qpn).and_then(|at| self.qps[at].as_ref()).ok_or(ENOENT)?;
+        let state = qp.state.value();
+        let draining = qp.state == QpState::Sqd && qp.waiting.is_some();
+        Ok(QpAttr { qp_state: state, cur_qp_state: state, sq_draining: draining.into(), ..qp.attr })
+    }
+
+    /// Removes a QP; returns where it lay. Pending work is dropped without completions. The caller made sure
+    /// that no direct peer executes on it ([`Fabric::seize`]).
+    ///
+    /// # Errors
+    /// ENOENT without such a QP.
+    pub fn destroy_qp(&mut self, client: u32, qpn: u32) -> Result<(u64, usize), i32> {
+        let at = self.owned(client, qpn).ok_or(ENOENT)?;
+        self.remove_qp(at).ok_or(ENOENT)
+    }
+
+    pub(super) fn remove_qp(&mut self, at: usize) -> Option<(u64, usize)> {
+        self.disconnect(at);
+        let mut qp = self.qps[at].take()?;
+        // A direct peer that still looks at the header sees a QP that does not answer.
+        qp.responder.set_state(QpState::Reset);
+        self.schedule.forget(at, qp.attr.dest_qp_num);
+        self.qpn_index.remove(&qp.qpn);
+        self.free_qps.push(at);
+        if let Some(client) = self.clients[qp.owner].as_mut() {
+            client.slots[qp.slot as usize] = None;
+            client.free_slots.push(qp.slot);
+            for (cq, ring) in [qp.create.send_cq, qp.create.recv_cq].into_iter().zip(qp.rings) {
+                if let Some(cq) = client.cqs.get_mut(&cq) {
+                    cq.free_rings.push(ring);
+                    cq.rings -= 1;
+                }
+            }
+        }
+        Some((qp.offset, qp.geometry.len()))
+    }
+
+    /// A number that is not in use and was not for as long as possible.
+    fn new_qpn(&mut self) -> Option<u32> {
+        for _ in 0..=self.qpn_index.len() {
+            let qpn = self.next_qpn;
+            self.next_qpn = if qpn >= LAST_QPN { 0x100 } else { qpn + 1 };
+            if !self.qpn_index.contains_key(&qpn) {
+                return Some(qpn);
+            }
+        }
+        None
+    }
+}
+
+impl Cq {
+    fn take_ring(&mut self) -> Option<(Arc<CompletionQueue>, u32)> {
+        let ring = self.free_rings.pop().unwrap_or_else(|| {
+            self.next_ring += 1;
+            self.next_ring - 1
+        });
+        if ring >= cq::MAX_RINGS {
+            self.next_ring -= 1;
+            return None;
+        }
+        self.rings += 1;
+        Some((Arc::clone(&self.queue), ring))
+    }
+}

@@ -1,0 +1,285 @@
+//! A lane's work: doorbells become turns, a turn executes a slice of one QP's send queue.
+
+use verbs_abi::{
+    proto::Gid,
+    verbs::{EventType, QpState, QpType},
+};
+
+use super::{Fabric, Qp};
+use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Reply};
+
+/// QPs served by one call of `run`.
+const TURNS: usize = 64;
+/// Work requests of one QP in one turn.
+const BATCH: usize = 64;
+
+/// Why a turn ended.
+enum Turn {
+    /// Nothing left.
+    Empty,
+    /// More to do, others first.
+    Again,
+    /// Comes back by itself.
+    Waiting,
+}
+
+impl<M: Memory> Fabric<M> {
+    /// Takes all doorbells.
+    pub fn collect(&mut self) {
+        let mut rung = std::mem::take(&mut self.rung);
+        for client in self.clients.iter().flatten() {
+            if client.doorbells.pending() {
+                client.doorbells.take(|slot| rung.extend(client.slots.get(slot as usize).copied().flatten()));
+            }
+        }
+        for at in rung.drain(..) {
+            self.answer(at);
+        }
+        self.rung = rung;
+    }
+
+    /// A QP's owner rang: something posted, on either queue.
+    fn answer(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        let receives = qp.responder.has_receive();
+        let waits = qp.responder.rings_me();
+        self.schedule.enqueue(at);
+        if receives && waits {
+            self.poke_waiters_for(at);
+        }
+    }
+
+    /// Lets everybody who waits for this QP try again.
+    pub(super) fn poke_waiters_for(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        if qp.state != QpState::Err {
+            qp.responder.set_ring_me(false);
+        }
+        for waiter in self.schedule.unpark(qp.qpn) {
+            if let Some(qp) = self.qps[waiter].as_mut()
+                && qp.waiting.take().is_some()
+            {
+                self.schedule.enqueue(waiter);
+            }
+        }
+    }
+
+    /// The earliest time at which a waiting QP must be looked at, ns.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<u64> {
+        self.schedule.next_timer()
+    }
+
+    /// Serves QPs for a while. True: there is more to do now.
+    pub fn run(&mut self, now: u64) -> bool {
+        self.now = now;
+        while let Some((when, at)) = self.schedule.expire(now) {
+            if let Some(qp) = self.qps.get_mut(at).and_then(Option::as_mut)
+                && qp.waiting == Some(Some(when))
+            {
+                qp.waiting = None;
+                self.schedule.enqueue(at);
+            }
+        }
+        for _ in 0..self.schedule.len().min(TURNS) {
+            let Some(at) = self.schedule.next() else { break };
+            self.serve(at, now);
+        }
+        self.schedule.len() > 0
+    }
+
+    /// One QP's turn.
+    fn serve(&mut self, at: usize, now: u64) {
+        if !self.may_serve(at) {
+            return;
+        }
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        match qp.state {
+            QpState::Err => self.fail_all(at),
+            QpState::Sqe => self.fail_sends(at),
+            QpState::Rts if qp.waiting.is_none() => match self.execute(at, now) {
+                Turn::Empty => self.give_seat(at),
+                Turn::Again => self.schedule.enqueue(at),
+                Turn::Waiting => {}
+            },
+            _ => {}
+        }
+    }
+
+    /// Whether the router executes this QP now; takes a parked or abandoned seat.
+    fn may_serve(&mut self, at: usize) -> bool {
+        let Some(qp) = self.qps[at].as_ref() else { return false };
+        if qp.held {
+            return true;
+        }
+        let header = &qp.requester.area().header;
+        let parked = header.seat().is_router();
+        let failed = qp.state == QpState::Err;
+        let behind = header.sq_tail().load(std::sync::atomic::Ordering::SeqCst)
+            != header.sq_head().load(std::sync::atomic::Ordering::SeqCst);
+        (parked || failed || behind) && self.hold_seat(at)
+    }
+
+    /// Executes work requests until the turn is over.
+    fn execute(&mut self, at: usize, now: u64) -> Turn {
+        let mut budget = SLICE;
+        for _ in 0..BATCH {
+            let Some(qp) = self.qps[at].as_mut() else { return Turn::Empty };
+            match qp.requester.fetch() {
+                Fetch::Empty => return Turn::Empty,
+                Fetch::Bad(_) => {
+                    self.raise(at, EventType::QpFatal);
+                    self.fail_all(at);
+                    return Turn::Waiting;
+                }
+                Fetch::Ready => {}
+            }
+            let attempt = match qp.requester.qp_type() {
+                QpType::Ud => self.send_datagram(at),
+                _ => self.attempt(at, now, &mut budget),
+            };
+            match attempt {
+                Attempt::Done if budget > 0 => {}
+                Attempt::Done | Attempt::Unfinished => return Turn::Again,
+                Attempt::Wait(until) => {
+                    if self.wait(at, until) {
+                        return Turn::Waiting;
+                    }
+                }
+                Attempt::Failed { peer_failed, peer_event } => {
+                    self.set_failed(at, peer_failed.then_some(peer_event));
+                    return Turn::Waiting;
+                }
+            }
+        }
+        Turn::Again
+    }
+
+    fn attempt(&mut self, at: usize, now: u64, budget: &mut u64) -> Attempt {
+        let peer_at = self.resolve_peer(at);
+        let Some((requester, owner, peer)) = halves(&mut self.qps, at, peer_at) else {
+            return Attempt::Wait(None);
+        };
+        let Some(local) = self.clients[owner].as_ref() else { return Attempt::Wait(None) };
+        let peer = peer.and_then(|(responder, owner)| {
+            self.clients[owner].as_ref().map(|client| (responder, &client.memory))
+        });
+        requester.attempt(&local.memory, peer, now, budget)
+    }
+
+    fn send_datagram(&mut self, at: usize) -> Attempt {
+        let peer_at = self.resolve_datagram(at);
+        let Some((requester, owner, peer)) = halves(&mut self.qps, at, peer_at) else {
+            return Attempt::Wait(None);
+        };
+        let Some(local) = self.clients[owner].as_ref() else { return Attempt::Wait(None) };
+        let sgid = local.gids.get(requester.address().sgid_index as usize).copied().unwrap_or_default();
+        let peer = peer.and_then(|(responder, owner)| {
+            self.clients[owner].as_ref().map(|client| (responder, &client.memory))
+        });
+        let (attempt, reply) = requester.attempt_datagram(&local.memory, &sgid, peer);
+        if let (Some(Reply::Nak(_, event)), Some(peer_at)) = (reply, peer_at) {
+            self.fail_responder(peer_at, event);
+        }
+        attempt
+    }
+
+    /// Lets a QP wait. False: what it waits for has just come.
+    fn wait(&mut self, at: usize, until: Option<u64>) -> bool {
+        let peer_at = self.resolve_peer(at);
+        if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
+            peer.responder.set_ring_me(true);
+            if peer.responder.state().may_respond()
+                && peer.responder.has_receive()
+                && !self.waits_for_state(at)
+            {
+                return false;
+            }
+        }
+        let Some(qp) = self.qps[at].as_mut() else { return true };
+        qp.waiting = Some(until);
+        self.schedule.park(at, qp.attr.dest_qp_num);
+        if let Some(when) = until {
+            self.schedule.set_timer(when, at);
+        }
+        true
+    }
+
+    /// Whether the peer is there but not connected to this QP: a posted receive changes nothing.
+    fn waits_for_state(&self, at: usize) -> bool {
+        let Some(qp) = self.qps[at].as_ref() else { return true };
+        let peer = qp.peer.and_then(|peer| self.qps[peer].as_ref());
+        peer.is_none_or(|peer| peer.attr.dest_qp_num != qp.qpn)
+    }
+
+    /// The send queue met an error; a peer that sent a NAK is in error, too, and may raise an event.
+    pub(super) fn set_failed(&mut self, at: usize, peer: Option<Option<EventType>>) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        let (peer_at, reliable) = (qp.direct.or(qp.peer), qp.requester.qp_type() == QpType::Rc);
+        if reliable {
+            self.fail_all(at);
+        } else {
+            self.fail_sends(at);
+        }
+        if let (Some(event), Some(peer_at)) = (peer, peer_at) {
+            self.fail_responder(peer_at, event);
+        }
+    }
+
+    fn fail_responder(&mut self, at: usize, event: Option<EventType>) {
+        if let Some(event) = event {
+            self.raise(at, event);
+        }
+        self.fail_all(at);
+    }
+
+    /// The connected peer: the QP with that number, of the same tenant, at that address.
+    pub(super) fn resolve_peer(&mut self, at: usize) -> Option<usize> {
+        let qp = self.qps[at].as_ref()?;
+        let (qpn, dgid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
+        if let Some(known) = qp.peer
+            && self.qps[known].as_ref().is_some_and(|peer| peer.qpn == qpn)
+        {
+            return Some(known);
+        }
+        let found = self.resolve(qp, qpn, &dgid);
+        if let Some(qp) = self.qps[at].as_mut() {
+            qp.peer = found;
+        }
+        found
+    }
+
+    fn resolve_datagram(&self, at: usize) -> Option<usize> {
+        let qp = self.qps[at].as_ref()?;
+        let address = qp.requester.address();
+        let found = self.resolve(qp, address.qpn, &address.dgid)?;
+        let peer = self.qps[found].as_ref()?;
+        (peer.requester.qp_type() == QpType::Ud).then_some(found)
+    }
+
+    fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
+        let found = *self.qpn_index.get(&qpn)?;
+        let peer = self.qps[found].as_ref()?;
+        let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
+        let same_type = peer.requester.qp_type() == qp.requester.qp_type();
+        (same_type && client.tenant == other.tenant && other.gids.contains(dgid)).then_some(found)
+    }
+}
+
+/// The requester of one QP with the responder of another (or its own), and their owners.
+type Halves<'a> = (&'a mut Requester, usize, Option<(&'a mut Responder, usize)>);
+
+fn halves(qps: &mut [Option<Qp>], at: usize, peer_at: Option<usize>) -> Option<Halves<'_>> {
+    match peer_at {
+        Some(peer_at) if peer_at != at => {
+            let [qp, peer] = qps.get_disjoint_mut([at, peer_at]).ok()?;
+            let (qp, peer) = (qp.as_mut()?, peer.as_mut()?);
+            Some((&mut qp.requester, qp.owner, Some((&mut peer.responder, peer.owner))))
+        }
+        other => {
+            let qp = qps[at].as_mut()?;
+            let own = other.map(|_| (&mut qp.responder, qp.owner));
+            Some((&mut qp.requester, qp.owner, own))
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The memory of one client, as a seat reaches it, and the checks that every key passes.
+
+use std::ptr::NonNull;
+
+use verbs_abi::{
+    shm::{mr_table::MrEntry, wqe::Sge},
+    verbs::AccessFlags,
+};
+
+/// Memory that should be there could not be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault;
+
+/// One client's memory and keys, as this seat reaches them.
+pub trait Memory {
+    /// The MR of a key that is valid now; compares the whole key.
+    fn lookup(&self, key: u32) -> Option<MrEntry>;
+
+    /// Where `[addr, addr + len)`, a range inside the MR's shared sub-range, is mapped in this process. The
+    /// pointer is valid for reads and writes of `len` bytes until the MR is invalidated and the seat has left.
+    fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>>;
+
+    /// Reads application memory that is not mapped here.
+    ///
+    /// # Errors
+    /// [`Fault`] when it cannot be read whole.
+    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault>;
+
+    /// Writes application memory that is not mapped here.
+    ///
+    /// # Errors
+    /// [`Fault`] when it cannot be written whole.
+    fn write(&self, addr: u64, from: &[u8]) -> Result<(), Fault>;
+}
+
+/// A checked piece of a client's memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) mr: MrEntry,
+    /// First address in the application.
+    pub(crate) addr: u64,
+    pub(crate) len: u64,
+}
+
+/// The range `[iova, iova + len)` under `key`, if the key's owner, PD, bounds and rights allow it.
+#[inline]
+pub(crate) fn check(
+    memory: &impl Memory,
+    pd: u32,
+    key: u32,
+    iova: u64,
+    len: u64,
+    need: AccessFlags,
+) -> Option<Span> {
+    let mr = memory.lookup(key)?;
+    let offset = iova.checked_sub(mr.iova)?;
+    let inside = offset.checked_add(len).is_some_and(|end| end <= mr.len);
+    if mr.pd != pd || !inside || mr.access & need.bits() != need.bits() {
+        return None;
+    }
+    Some(Span { mr, addr: mr.addr.checked_add(offset)?, len })
+}
+
+/// Checks a scatter or gather list into `spans`. False: some SGE is not covered by its lkey.
+#[inline]
+pub(crate) fn check_list(
+    memory: &impl Memory,
+    pd: u32,
+    sges: &[Sge],
+    need: AccessFlags,
+    spans: &mut Vec<Span>,
+) -> bool {
+    spans.clear();
+    for sge in sges.iter().filter(|sge| sge.length > 0) {
+        match check(memory, pd, sge.lkey, sge.addr, u64::from(sge.length), need) {
+            Some(span) => spans.push(span),
+            None => return false,
+        }
+    }
+    true
+}

@@ -1,0 +1,475 @@
+//! The requester half of a QP: a WQE becomes a request, the reply becomes a completion.
+//!
+//! Who may call it: the holder of the QP's seat token. The caller finds the peer, keeps the time and acts on
+//! what [`Attempt`] says; this half keeps the counters of retries and says when to come back.
+
+use std::sync::atomic::Ordering;
+
+use verbs_abi::{
+    proto::Gid,
+    shm::{
+        cqe::Cqe,
+        queue::QueueArea,
+        wqe::{Address, BadWqe, SendWqe, flag},
+    },
+    timer::{ack_timeout, rnr_timer},
+    verbs::{AccessFlags, EventType, Opcode, QpType, WcOpcode, WcStatus},
+};
+
+use crate::{
+    Completions, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
+    memory::{Span, check_list},
+    place::Atomic,
+    responder::{Reply, Request},
+    transfer::{Broken, Side, transfer},
+};
+
+/// What lies at the head of the send queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// Nothing.
+    Empty,
+    /// A work request, copied out and ready for [`Requester::attempt`].
+    Ready,
+    /// Something that is none: the QP cannot go on.
+    Bad(BadWqe),
+}
+
+/// How an attempt to execute the fetched work request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// It completed, well.
+    Done,
+    /// The budget ran out in the middle; attempt again.
+    Unfinished,
+    /// It cannot complete now. Attempt again at the time given, if any, or when the peer changes.
+    Wait(Option<u64>),
+    /// It completed with an error. The QP goes to ERR (RC) or SQE; a connected peer that sent a NAK goes to
+    /// ERR too and raises the event.
+    Failed {
+        /// Whether the peer's QP is in error as well.
+        peer_failed: bool,
+        /// The event that the peer raises.
+        peer_event: Option<EventType>,
+    },
+}
+
+/// What an owner's failed attempt means for the peer; left in the header for the router to act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Whether the peer's QP is in error as well.
+    pub peer_failed: bool,
+    /// The event that the peer raises.
+    pub peer_event: Option<EventType>,
+}
+
+/// Retry behaviour of a QP, as `ibv_modify_qp` set it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Retries {
+    pub(crate) timeout: u8,
+    pub(crate) retry_cnt: u8,
+    pub(crate) rnr_retry: u8,
+}
+
+/// Payload moved, for `freeflow status`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) messages: u64,
+    pub(crate) bytes: u64,
+    pub(crate) rnr_naks: u64,
+    pub(crate) timeouts: u64,
+}
+
+/// The requester half.
+#[derive(Debug)]
+pub struct Requester {
+    qpn: u32,
+    qp_type: QpType,
+    pd: u32,
+    retries: Retries,
+    area: QueueArea,
+    completions: Completions,
+    /// Block of the SQ's head.
+    head: u64,
+    /// WQEs finished.
+    done: u64,
+    wqe: Box<SendWqe>,
+    /// Whether `wqe` holds the WQE at the head.
+    fetched: bool,
+    checked: bool,
+    spans: Vec<Span>,
+    /// Bytes of it that are placed.
+    placed: u64,
+    timeouts_left: u8,
+    rnr_left: u8,
+    /// When silence counts as a lost packet.
+    deadline: Option<u64>,
+    traffic: Traffic,
+}
+
+impl Requester {
+    /// The requester half of the QP at `area`, with nothing executed yet.
+    #[must_use]
+    pub fn new(qpn: u32, qp_type: QpType, pd: u32, area: QueueArea, completions: Completions) -> Self {
+        Self {
+            qpn,
+            qp_type,
+            pd,
+            retries: Retries::default(),
+            area,
+            completions,
+            head: 0,
+            done: 0,
+            wqe: Box::default(),
+            fetched: false,
+            checked: false,
+            spans: Vec::new(),
+            placed: 0,
+            timeouts_left: 0,
+            rnr_left: 0,
+            deadline: None,
+            traffic: Traffic::default(),
+        }
+    }
+
+    /// Sets the retry behaviour.
+    pub(crate) fn set_retries(&mut self, retries: Retries) {
+        self.retries = retries;
+    }
+
+    /// Goes on where the last holder of the seat stopped. False: the header holds counts that cannot be.
+    pub fn resume(&mut self) -> bool {
+        let header = &self.area.header;
+        let head = header.sq_head().load(Ordering::Acquire);
+        let ahead = header.sq_tail().load(Ordering::Acquire).wrapping_sub(head);
+        self.head = head;
+        self.done = header.sq_done().load(Ordering::Relaxed);
+        self.completions.seek(header.sq_completions().load(Ordering::Relaxed));
+        self.fetched = false;
+        self.placed = 0;
+        ahead <= u64::from(self.area.geometry().sq_blocks)
+    }
+
+    /// Starts anew after RESET (router).
+    pub(crate) fn reset(&mut self) {
+        let header = &self.area.header;
+        header.sq_tail().store(0, Ordering::Relaxed);
+        for word in [header.sq_head(), header.sq_done(), header.sq_completions(), header.journal_wqe()] {
+            word.store(0, Ordering::Relaxed);
+        }
+        self.area.sq_cqes.clear();
+        self.deadline = None;
+        let _ = self.resume();
+    }
+
+    /// Copies the WQE at the head out, unless that is done already.
+    #[inline]
+    pub fn fetch(&mut self) -> Fetch {
+        if self.fetched {
+            return Fetch::Ready;
+        }
+        match self.area.read_send(self.head, &mut self.wqe) {
+            Ok(false) => Fetch::Empty,
+            Err(bad) => Fetch::Bad(bad),
+            Ok(true) => {
+                (self.fetched, self.checked, self.placed) = (true, false, 0);
+                (self.timeouts_left, self.rnr_left) = (self.retries.retry_cnt, self.retries.rnr_retry);
+                self.deadline = None;
+                Fetch::Ready
+            }
+        }
+    }
+
+    /// Where the fetched datagram goes.
+    pub(crate) fn address(&self) -> &Address {
+        &self.wqe.address
+    }
+
+    /// Executes the fetched WQE against the connected peer, or finds no peer. `now` in ns; uses up `budget` bytes.
+    pub fn attempt<M: Memory>(
+        &mut self,
+        local: &M,
+        peer: Option<(&mut Responder, &M)>,
+        now: u64,
+        budget: &mut u64,
+    ) -> Attempt {
+        let opcode = match self.check(local) {
+            Ok(opcode) => opcode,
+            Err(status) => return self.fail(status, false, None),
+        };
+        let before = self.placed;
+        let reply = match peer {
+            None => Reply::Silence,
+            Some((responder, remote)) => {
+                self.area.header.journal_wqe().store(self.done + 1, Ordering::Relaxed);
+                self.execute(opcode, local, responder, remote, *budget)
+            }
+        };
+        self.settle(opcode, reply, now, budget, before)
+    }
+
+    /// Sends the fetched datagram to `peer`, or into the void.
+    pub(crate) fn attempt_datagram<M: Memory>(
+        &mut self,
+        local: &M,
+        sgid: &Gid,
+        peer: Option<(&mut Responder, &M)>,
+    ) -> (Attempt, Option<Reply>) {
+        let opcode = match self.check(local) {
+            Ok(opcode) => opcode,
+            Err(status) => return (self.fail(status, false, None), None),
+        };
+        let length = self.wqe.length();
+        let reply = peer.map(|(responder, remote)| {
+            let request = self.request(opcode, local, u64::MAX);
+            responder.datagram(remote, &request, sgid, &self.wqe.address)
+        });
+        if reply == Some(Reply::SourceFault) {
+            return (self.fail(WcStatus::LocProtErr, false, None), None);
+        }
+        self.succeed(opcode, length);
+        (Attempt::Done, reply)
+    }
+
+    /// Completes everything posted with `WR_FLUSH_ERR`. Bounded by the queue's size.
+    pub(crate) fn flush(&mut self) {
+        while self.fetch() == Fetch::Ready {
+            let opcode =
+                Opcode::try_from(u32::from(self.wqe.opcode)).map_or(WcOpcode::Send, Opcode::wc_opcode);
+            self.complete(WcStatus::WrFlushErr, opcode, 0, true);
+        }
+    }
+
+    /// Whether the SQ holds something (or the fetched WQE is unfinished).
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        self.fetched || self.area.header.sq_tail().load(Ordering::SeqCst) != self.head
+    }
+
+    /// Checks the fetched WQE itself, once.
+    fn check<M: Memory>(&mut self, local: &M) -> Result<Opcode, WcStatus> {
+        let opcode = Opcode::try_from(u32::from(self.wqe.opcode)).map_err(|_| WcStatus::LocQpOpErr)?;
+        if self.checked {
+            return Ok(opcode);
+        }
+        let datagram = self.qp_type == QpType::Ud;
+        if !opcode.allowed_on(self.qp_type) || datagram != (self.wqe.flags & flag::ADDRESS != 0) {
+            return Err(WcStatus::LocQpOpErr);
+        }
+        let length = self.wqe.length();
+        if length > if datagram { MAX_DATAGRAM } else { MAX_MESSAGE } {
+            return Err(WcStatus::LocLenErr);
+        }
+        if opcode.is_atomic() && length != 8 {
+            return Err(WcStatus::LocLenErr);
+        }
+        if opcode.writes_locally() && self.wqe.inline().is_some() {
+            return Err(WcStatus::LocQpOpErr);
+        }
+        let need = if opcode.writes_locally() { AccessFlags::LOCAL_WRITE } else { AccessFlags::empty() };
+        if !check_list(local, self.pd, self.wqe.sges(), need, &mut self.spans) {
+            return Err(WcStatus::LocProtErr);
+        }
+        self.checked = true;
+        Ok(opcode)
+    }
+
+    fn request<'a, M>(&'a self, opcode: Opcode, local: &'a M, budget: u64) -> Request<'a, M> {
+        Request {
+            opcode,
+            source_qpn: self.qpn,
+            remote_addr: self.wqe.remote_addr,
+            rkey: self.wqe.rkey,
+            len: self.wqe.length(),
+            imm: self.wqe.imm,
+            solicited: self.wqe.flags & flag::SOLICITED != 0,
+            placed: self.placed,
+            budget,
+            payload: match self.wqe.inline() {
+                Some(bytes) => Side::Bytes(bytes),
+                None => Side::Spans(local, &self.spans),
+            },
+        }
+    }
+
+    fn execute<M: Memory>(
+        &self,
+        opcode: Opcode,
+        local: &M,
+        responder: &mut Responder,
+        remote: &M,
+        budget: u64,
+    ) -> Reply {
+        let request = self.request(opcode, local, budget);
+        match opcode {
+            Opcode::Read => match responder.read(remote, &request) {
+                Ok(span) => self.fill(local, (remote, span.as_slice()), &request),
+                Err(reply) => reply,
+            },
+            Opcode::CmpAndSwp | Opcode::FetchAndAdd => {
+                let operation = match opcode {
+                    Opcode::CmpAndSwp => {
+                        Atomic::CompareSwap { compare: self.wqe.compare_add, swap: self.wqe.swap }
+                    }
+                    _ => Atomic::FetchAdd(self.wqe.compare_add),
+                };
+                match responder.atomic(remote, &request, operation) {
+                    Reply::Found(word) => self.store_found(local, word),
+                    reply => reply,
+                }
+            }
+            _ => responder.handle(remote, &request),
+        }
+    }
+
+    /// Moves the next slice of an RDMA READ's data.
+    fn fill<M: Memory>(&self, local: &M, from: (&M, &[Span]), request: &Request<'_, M>) -> Reply {
+        let left = request.len - request.placed;
+        let now = left.min(request.budget);
+        let skip = (request.placed, request.placed);
+        match transfer(Side::Spans(from.0, from.1), (local, &self.spans), skip, now) {
+            Ok(()) if now == left => Reply::Ack,
+            Ok(()) => Reply::Partly(request.placed + now),
+            Err(Broken::Target) => Reply::SourceFault,
+            Err(Broken::Source) => Reply::Nak(WcStatus::RemOpErr, None),
+        }
+    }
+
+    fn store_found<M: Memory>(&self, local: &M, word: u64) -> Reply {
+        match transfer(Side::Bytes(&word.to_ne_bytes()), (local, &self.spans), (0, 0), 8) {
+            Ok(()) => Reply::Ack,
+            Err(_) => Reply::SourceFault,
+        }
+    }
+
+    /// Turns a reply into what happens next.
+    fn settle(&mut self, opcode: Opcode, reply: Reply, now: u64, budget: &mut u64, before: u64) -> Attempt {
+        let reply = match reply {
+            // Nobody answers a UC request: what got lost is lost.
+            Reply::Silence | Reply::Rnr(_) | Reply::Nak(..) if self.qp_type == QpType::Uc => Reply::Ack,
+            reply => reply,
+        };
+        match reply {
+            Reply::Ack | Reply::Found(_) => {
+                let length = self.wqe.length();
+                *budget = budget.saturating_sub(length.saturating_sub(before));
+                self.succeed(opcode, length);
+                Attempt::Done
+            }
+            Reply::Partly(placed) => {
+                *budget = budget.saturating_sub(placed - before);
+                self.placed = placed;
+                self.deadline = None;
+                self.area.header.journal_placed().store(placed, Ordering::Relaxed);
+                Attempt::Unfinished
+            }
+            Reply::Rnr(code) => self.wait_receive(code, now),
+            Reply::Silence => self.wait_peer(now),
+            Reply::SourceFault => self.fail(WcStatus::LocProtErr, false, None),
+            Reply::Nak(status, event) => self.fail(status, true, event),
+        }
+    }
+
+    /// The peer has no receive posted: RNR NAK.
+    fn wait_receive(&mut self, code: u8, now: u64) -> Attempt {
+        self.traffic.rnr_naks += 1;
+        if self.retries.rnr_retry != 7 {
+            if self.rnr_left == 0 {
+                return self.fail(WcStatus::RnrRetryExcErr, false, None);
+            }
+            self.rnr_left -= 1;
+        }
+        self.placed = 0;
+        self.deadline = None;
+        Attempt::Wait(Some(now + rnr_timer(code).as_nanos() as u64))
+    }
+
+    /// The peer does not answer: it counts as a timeout when the deadline is over.
+    fn wait_peer(&mut self, now: u64) -> Attempt {
+        self.placed = 0;
+        let Some(timeout) = ack_timeout(self.retries.timeout) else {
+            return Attempt::Wait(None);
+        };
+        match self.deadline {
+            Some(deadline) if now < deadline => return Attempt::Wait(Some(deadline)),
+            Some(_) if self.timeouts_left == 0 => return self.fail(WcStatus::RetryExcErr, false, None),
+            Some(_) => {
+                self.traffic.timeouts += 1;
+                self.timeouts_left -= 1;
+            }
+            None => {}
+        }
+        let deadline = now + timeout.as_nanos() as u64;
+        self.deadline = Some(deadline);
+        Attempt::Wait(Some(deadline))
+    }
+
+    fn succeed(&mut self, opcode: Opcode, length: u64) {
+        self.traffic.messages += 1;
+        self.traffic.bytes += length;
+        let byte_len = length as u32;
+        let signaled = self.wqe.flags & flag::SIGNALED != 0;
+        self.complete(WcStatus::Success, opcode.wc_opcode(), byte_len, signaled);
+    }
+
+    fn fail(&mut self, status: WcStatus, peer_failed: bool, peer_event: Option<EventType>) -> Attempt {
+        let opcode = Opcode::try_from(u32::from(self.wqe.opcode)).map_or(WcOpcode::Send, Opcode::wc_opcode);
+        self.complete(status, opcode, 0, true);
+        Attempt::Failed { peer_failed, peer_event }
+    }
+
+    /// Ends the fetched WQE. The completion is published before the head moves.
+    fn complete(&mut self, status: WcStatus, opcode: WcOpcode, byte_len: u32, signaled: bool) {
+        if signaled {
+            let cqe = Cqe {
+                wr_id: self.wqe.wr_id,
+                byte_len,
+                wqe: self.done as u32,
+                status: status.value() as u8,
+                opcode: opcode.value() as u8,
+                ..Cqe::default()
+            };
+            self.completions.push(&cqe, false);
+        }
+        self.head += u64::from(self.wqe.blocks);
+        self.done += 1;
+        self.fetched = false;
+        let header = &self.area.header;
+        header.journal_wqe().store(0, Ordering::Relaxed);
+        header.sq_completions().store(self.completions.count(), Ordering::Relaxed);
+        header.sq_done().store(self.done, Ordering::Relaxed);
+        header.sq_head().store(self.head, Ordering::Release);
+    }
+
+    /// Owner, before it parks after a failure: what the router has to do about it.
+    pub fn leave_verdict(&self, verdict: Verdict) {
+        let event = verdict.peer_event.map_or(0, EventType::value);
+        let word = 1 | u32::from(verdict.peer_failed) << 1 | event << 8;
+        self.area.header.verdict().store(word, Ordering::Relaxed);
+    }
+
+    /// Router: what the owner left, once.
+    pub(crate) fn take_verdict(&self) -> Option<Verdict> {
+        let word = self.area.header.verdict().swap(0, Ordering::Relaxed);
+        (word & 1 != 0).then(|| Verdict {
+            peer_failed: word & 2 != 0,
+            peer_event: EventType::try_from(word >> 8)
+                .ok()
+                .filter(|event| matches!(event, EventType::QpReqErr | EventType::QpAccessErr)),
+        })
+    }
+
+    /// The QP's area.
+    #[must_use]
+    pub fn area(&self) -> &QueueArea {
+        &self.area
+    }
+
+    pub(crate) fn qp_type(&self) -> QpType {
+        self.qp_type
+    }
+
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.traffic
+    }
+}

@@ -1,0 +1,404 @@
+//! The responder half of a QP: a request becomes bytes in memory, a receive completion, a reply.
+//!
+//! Who may call it: the holder of the seat of the QP that sends to it, nobody else at the same time.
+
+use std::sync::atomic::Ordering;
+
+use verbs_abi::{
+    proto::Gid,
+    shm::{
+        cqe::Cqe,
+        queue::QueueArea,
+        wqe::{Address, RecvWqe},
+    },
+    verbs::{AccessFlags, EventType, Opcode, QpState, QpType, WcFlags, WcOpcode, WcStatus},
+};
+
+use crate::{
+    Completions, Memory,
+    datagram::{GRH_LEN, grh},
+    memory::{Span, check, check_list},
+    place::{Atomic, atomic},
+    transfer::{Broken, Side, mapped_word, transfer},
+};
+
+/// What a requester asks of its peer.
+#[derive(Debug)]
+pub(crate) struct Request<'a, M> {
+    pub(crate) opcode: Opcode,
+    pub(crate) source_qpn: u32,
+    pub(crate) remote_addr: u64,
+    pub(crate) rkey: u32,
+    pub(crate) len: u64,
+    pub(crate) imm: u32,
+    pub(crate) solicited: bool,
+    /// Bytes that earlier turns placed.
+    pub(crate) placed: u64,
+    /// Bytes that this turn may place.
+    pub(crate) budget: u64,
+    pub(crate) payload: Side<'a, M>,
+}
+
+/// What the peer answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reply {
+    /// Done.
+    Ack,
+    /// The budget is used up; so many bytes are placed.
+    Partly(u64),
+    /// Done; the word that an atomic found.
+    Found(u64),
+    /// No receive posted; the RNR timer code.
+    Rnr(u8),
+    /// Nothing comes back: the QP is not there or not ready.
+    Silence,
+    /// A NAK: the status that the requester completes with, the event that the responder raises. The
+    /// responder's QP is in error.
+    Nak(WcStatus, Option<EventType>),
+    /// The requester's own memory could not be read.
+    SourceFault,
+}
+
+const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
+const ACCESS: Reply = Reply::Nak(WcStatus::RemAccessErr, Some(EventType::QpAccessErr));
+const OPERATION: Reply = Reply::Nak(WcStatus::RemOpErr, None);
+
+/// The responder half.
+#[derive(Debug)]
+pub struct Responder {
+    qp_type: QpType,
+    pd: u32,
+    state: QpState,
+    peer: u32,
+    access: AccessFlags,
+    min_rnr_timer: u8,
+    qkey: u32,
+    area: QueueArea,
+    completions: Completions,
+    wqe: Box<RecvWqe>,
+    spans: Vec<Span>,
+}
+
+impl Responder {
+    /// The responder half of the QP at `area`, in RESET.
+    #[must_use]
+    pub fn new(qp_type: QpType, pd: u32, area: QueueArea, completions: Completions) -> Self {
+        Self {
+            qp_type,
+            pd,
+            state: QpState::Reset,
+            peer: 0,
+            access: AccessFlags::empty(),
+            min_rnr_timer: 0,
+            qkey: 0,
+            area,
+            completions,
+            wqe: Box::default(),
+            spans: Vec::new(),
+        }
+    }
+
+    /// Takes state and rights from the shared header, as a direct peer must before each request.
+    pub fn refresh(&mut self) {
+        let header = &self.area.header;
+        let state = header.state().load(Ordering::Acquire);
+        self.state = QpState::try_from(state).unwrap_or(QpState::Err);
+        self.peer = header.peer().load(Ordering::Relaxed);
+        let rights = header.rights().load(Ordering::Relaxed);
+        self.access = AccessFlags::try_from(rights as u32).unwrap_or_default();
+        self.min_rnr_timer = (rights >> 32) as u8;
+        self.completions.seek(header.rq_done().load(Ordering::Relaxed));
+    }
+
+    /// Sets what the peer may do, and tells direct peers (router).
+    pub(crate) fn configure(&mut self, peer: u32, access: AccessFlags, min_rnr_timer: u8, qkey: u32) {
+        (self.peer, self.access, self.min_rnr_timer, self.qkey) = (peer, access, min_rnr_timer, qkey);
+        self.area.header.peer().store(peer, Ordering::Relaxed);
+        let rights = u64::from(access.bits()) | u64::from(min_rnr_timer) << 32;
+        self.area.header.rights().store(rights, Ordering::Relaxed);
+    }
+
+    /// Changes state, and tells direct peers (router).
+    pub(crate) fn set_state(&mut self, state: QpState) {
+        self.state = state;
+        self.area.header.state().store(state.value(), Ordering::Release);
+    }
+
+    /// Starts anew after RESET (router).
+    pub(crate) fn reset(&mut self) {
+        self.area.rq_cqes.clear();
+        self.completions.seek(0);
+        self.area.header.rq_tail().store(0, Ordering::Relaxed);
+        self.area.header.rq_done().store(0, Ordering::Relaxed);
+        self.area.header.rq_ring_me().store(0, Ordering::Relaxed);
+    }
+
+    /// Takes over from a direct peer that died or gave the seat away (router).
+    pub(crate) fn roll_forward(&mut self) {
+        let done = self.area.header.rq_done().load(Ordering::Acquire);
+        let ahead = self.area.header.rq_tail().load(Ordering::Relaxed).wrapping_sub(done);
+        // A count that cannot be is the client's own doing: it keeps the router's last view.
+        if ahead <= u64::from(self.area.geometry().rq_entries) {
+            self.completions.roll_forward(done);
+            self.publish();
+        }
+    }
+
+    /// Whether a receive is posted that nobody has consumed.
+    pub(crate) fn has_receive(&self) -> bool {
+        self.area.header.rq_tail().load(Ordering::SeqCst) != self.completions.count()
+    }
+
+    /// Asks whoever posts a receive to ring the router, or stops asking.
+    pub(crate) fn set_ring_me(&self, on: bool) {
+        self.area.header.rq_ring_me().store(u32::from(on), Ordering::SeqCst);
+    }
+
+    /// Whether whoever posts a receive is asked to ring.
+    pub(crate) fn rings_me(&self) -> bool {
+        self.area.header.rq_ring_me().load(Ordering::SeqCst) != 0
+    }
+
+    /// Completes every posted receive with `WR_FLUSH_ERR`.
+    pub(crate) fn flush(&mut self) {
+        while matches!(self.area.read_recv(self.completions.count(), &mut self.wqe), Ok(true)) {
+            self.complete(
+                &Cqe {
+                    wr_id: self.wqe.wr_id,
+                    status: WcStatus::WrFlushErr.value() as u8,
+                    opcode: WcOpcode::Recv.value() as u8,
+                    ..Cqe::default()
+                },
+                true,
+            );
+        }
+    }
+
+    /// Executes a request of the connected peer.
+    pub(crate) fn handle<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if !self.state.may_respond() || self.peer != request.source_qpn {
+            return Reply::Silence;
+        }
+        match request.opcode {
+            Opcode::Write => self.write(memory, request),
+            Opcode::WriteWithImm => self.write_with_imm(memory, request),
+            Opcode::Send | Opcode::SendWithImm => self.send(memory, request),
+            _ => INVALID_REQUEST,
+        }
+    }
+
+    /// Finds what an RDMA READ may read; the requester moves the bytes.
+    pub(crate) fn read<M: Memory>(
+        &self,
+        memory: &M,
+        request: &Request<'_, M>,
+    ) -> Result<Option<Span>, Reply> {
+        if !self.state.may_respond() || self.peer != request.source_qpn {
+            return Err(Reply::Silence);
+        }
+        if !self.access.contains(AccessFlags::REMOTE_READ) {
+            return Err(ACCESS);
+        }
+        if request.len == 0 {
+            return Ok(None);
+        }
+        check(memory, self.pd, request.rkey, request.remote_addr, request.len, AccessFlags::REMOTE_READ)
+            .map(Some)
+            .ok_or(ACCESS)
+    }
+
+    /// Executes an atomic.
+    pub(crate) fn atomic<M: Memory>(
+        &mut self,
+        memory: &M,
+        request: &Request<'_, M>,
+        operation: Atomic,
+    ) -> Reply {
+        if !self.state.may_respond() || self.peer != request.source_qpn {
+            return Reply::Silence;
+        }
+        if !request.remote_addr.is_multiple_of(8) {
+            return INVALID_REQUEST;
+        }
+        if !self.access.contains(AccessFlags::REMOTE_ATOMIC) {
+            return ACCESS;
+        }
+        let need = AccessFlags::REMOTE_ATOMIC;
+        let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, 8, need) else {
+            return ACCESS;
+        };
+        if !span.addr.is_multiple_of(8) {
+            return INVALID_REQUEST;
+        }
+        match mapped_word(memory, &span) {
+            // SAFETY: eight mapped bytes, aligned: the application's address is, and pages keep alignment.
+            Some(word) => Reply::Found(unsafe { atomic(word.as_ptr(), operation) }),
+            None => Self::foreign_atomic(memory, span.addr, operation),
+        }
+    }
+
+    /// An atomic on a word outside the shared sub-range: atomic against all others, for one thread executes them.
+    fn foreign_atomic(memory: &impl Memory, addr: u64, operation: Atomic) -> Reply {
+        let mut word = [0; 8];
+        if memory.read(addr, &mut word).is_err() {
+            return OPERATION;
+        }
+        let found = u64::from_ne_bytes(word);
+        match memory.write(addr, &operation.apply(found).to_ne_bytes()) {
+            Ok(()) => Reply::Found(found),
+            Err(_) => OPERATION,
+        }
+    }
+
+    fn write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if !self.access.contains(AccessFlags::REMOTE_WRITE) {
+            return ACCESS;
+        }
+        if request.len == 0 {
+            return Reply::Ack;
+        }
+        let need = AccessFlags::REMOTE_WRITE;
+        let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, request.len, need) else {
+            return ACCESS;
+        };
+        place_slice(request, (memory, &[span]), 0)
+    }
+
+    fn write_with_imm<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if let Err(reply) = self.claim() {
+            return reply;
+        }
+        let reply = self.write(memory, request);
+        if reply == Reply::Ack {
+            let cqe = self.receipt(request, WcOpcode::RecvRdmaWithImm, request.len);
+            self.complete(&cqe, request.solicited);
+        }
+        reply
+    }
+
+    fn send<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if let Err(reply) = self.claim() {
+            return reply;
+        }
+        if !check_list(memory, self.pd, self.wqe.sges(), AccessFlags::LOCAL_WRITE, &mut self.spans) {
+            return self.refuse_receive(WcStatus::LocProtErr, OPERATION);
+        }
+        if request.len > self.spans.iter().map(|span| span.len).sum() {
+            return self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST);
+        }
+        let reply = place_slice(request, (memory, &self.spans), 0);
+        match reply {
+            Reply::Ack => {
+                let cqe = self.receipt(request, WcOpcode::Recv, request.len);
+                self.complete(&cqe, request.solicited);
+                reply
+            }
+            OPERATION => self.refuse_receive(WcStatus::LocProtErr, OPERATION),
+            _ => reply,
+        }
+    }
+
+    /// Takes a datagram in. A datagram that does not fit here is lost, as on a wire.
+    pub(crate) fn datagram<M: Memory>(
+        &mut self,
+        memory: &M,
+        request: &Request<'_, M>,
+        sgid: &Gid,
+        address: &Address,
+    ) -> Reply {
+        if !self.state.may_respond() || self.qkey != address.qkey || self.claim().is_err() {
+            return Reply::Silence;
+        }
+        if !check_list(memory, self.pd, self.wqe.sges(), AccessFlags::LOCAL_WRITE, &mut self.spans) {
+            return self.refuse_receive(WcStatus::LocProtErr, OPERATION);
+        }
+        let total = request.len + GRH_LEN as u64;
+        if total > self.spans.iter().map(|span| span.len).sum() {
+            return self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST);
+        }
+        let header = grh(sgid, address, request.len);
+        let target = (memory, self.spans.as_slice());
+        let moved = transfer(Side::Bytes(&header), target, (0, 0), GRH_LEN as u64)
+            .and_then(|()| transfer(request.payload, target, (0, GRH_LEN as u64), request.len));
+        match moved {
+            Ok(()) => {
+                let mut cqe = self.receipt(request, WcOpcode::Recv, total);
+                cqe.flags |= WcFlags::GRH.bits() as u8;
+                self.complete(&cqe, request.solicited);
+                Reply::Ack
+            }
+            Err(Broken::Source) => Reply::SourceFault,
+            Err(Broken::Target) => self.refuse_receive(WcStatus::LocProtErr, OPERATION),
+        }
+    }
+
+    /// Copies the next receive WQE out.
+    fn claim(&mut self) -> Result<(), Reply> {
+        match self.area.read_recv(self.completions.count(), &mut self.wqe) {
+            Ok(true) => Ok(()),
+            Ok(false) if self.qp_type == QpType::Rc => Err(Reply::Rnr(self.min_rnr_timer)),
+            Ok(false) => Err(Reply::Silence),
+            Err(_) => Err(Reply::Nak(WcStatus::RemOpErr, Some(EventType::QpFatal))),
+        }
+    }
+
+    /// Ends the claimed receive with an error.
+    fn refuse_receive(&mut self, status: WcStatus, reply: Reply) -> Reply {
+        if self.qp_type == QpType::Uc {
+            return Reply::Silence;
+        }
+        let cqe = Cqe {
+            wr_id: self.wqe.wr_id,
+            status: status.value() as u8,
+            opcode: WcOpcode::Recv.value() as u8,
+            ..Cqe::default()
+        };
+        self.complete(&cqe, true);
+        // The receive completion tells the application; no event on top of it.
+        match reply {
+            Reply::Nak(status, _) => Reply::Nak(status, None),
+            other => other,
+        }
+    }
+
+    /// The completion of the claimed receive.
+    fn receipt<M>(&self, request: &Request<'_, M>, opcode: WcOpcode, byte_len: u64) -> Cqe {
+        let has_imm = request.opcode.has_imm();
+        Cqe {
+            wr_id: self.wqe.wr_id,
+            byte_len: byte_len as u32,
+            imm: if has_imm { request.imm } else { 0 },
+            src_qp: request.source_qpn,
+            opcode: opcode.value() as u8,
+            flags: if has_imm { WcFlags::WITH_IMM.bits() as u8 } else { 0 },
+            ..Cqe::default()
+        }
+    }
+
+    fn complete(&mut self, cqe: &Cqe, solicited: bool) {
+        let wqe = self.completions.count() as u32;
+        self.completions.push(&Cqe { wqe, ..*cqe }, solicited);
+        self.publish();
+    }
+
+    fn publish(&self) {
+        self.area.header.rq_done().store(self.completions.count(), Ordering::Release);
+    }
+
+    /// The state the QP is in.
+    pub(crate) fn state(&self) -> QpState {
+        self.state
+    }
+}
+
+/// Places the next slice of a request's payload.
+fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span]), base: u64) -> Reply {
+    let left = request.len - request.placed;
+    let now = left.min(request.budget);
+    match transfer(request.payload, target, (request.placed, base + request.placed), now) {
+        Ok(()) if now == left => Reply::Ack,
+        Ok(()) => Reply::Partly(request.placed + now),
+        Err(Broken::Source) => Reply::SourceFault,
+        Err(Broken::Target) => OPERATION,
+    }
+}
