@@ -1,14 +1,16 @@
 //! What a router tells about itself.
 //!
 //! Does: the words of `freeflow status`, as they cross the control socket and as `--json` prints them.
-//! Leaves to others: collecting them (daemon), asking for them (client) and showing them as tables (command line).
+//! Leaves to others: collecting them (daemon), asking for them and showing them as tables (command line).
 //!
-//! Fields are only ever added at the end of a structure; counters count since the client or router started.
+//! It travels as JSON in a file, so program and router may be of different versions: what one does not say is zero or
+//! empty, what the other does not know is passed over. Counters count since the client or the router started.
 
 use serde::{Deserialize, Serialize};
 
 /// A snapshot of one router.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Status {
     /// Version of the router program, as `freeflow --version` prints it.
     pub version: String,
@@ -28,6 +30,7 @@ pub struct Status {
 
 /// One data-path thread.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Lane {
     /// Index of the lane.
     pub id: u32,
@@ -39,6 +42,7 @@ pub struct Lane {
 
 /// One opened device of one process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Client {
     /// The router's number for it; never used twice in a router's life.
     pub id: u64,
@@ -68,6 +72,7 @@ pub struct Client {
 
 /// Traffic, as a port or a queue pair counts it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counters {
     /// Messages sent as requester.
     pub tx_messages: u64,
@@ -87,6 +92,7 @@ pub struct Counters {
 
 /// One queue pair.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Qp {
     /// Number, unique on this host.
     pub qpn: u32,

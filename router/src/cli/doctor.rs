@@ -18,7 +18,8 @@ use super::{
 };
 
 const MORE: &str = "\
-PASS is well; WARN works with a restriction; FAIL has to be mended. Exit codes: 0 nothing failed; 1 something did.";
+PASS is well; WARN works with a restriction; FAIL has to be mended.
+Exit codes: 0 nothing failed; 1 something did.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = MORE)]

@@ -33,12 +33,12 @@ use failure::Failure;
 
 const EXAMPLES: &str = "\
 Examples:
-  freeflow run -- ibv_devinfo                          one program with the virtual RNIC
-  freeflow run -- sh -c 'ib_write_bw & sleep 1; ib_write_bw localhost'
-  eval \"$(freeflow env)\"                               the same for a whole shell
-  docker run $(freeflow env --shell docker) IMAGE CMD  the same for a container
-  freeflow status                                      who uses the router
-  freeflow doctor                                      what is missing here, and how to mend it
+  freeflow run -- ibv_devinfo        one program with the virtual RNIC
+  eval \"$(freeflow env)\"             the same for a whole shell
+  docker run $(freeflow env --shell docker) IMAGE CMD
+                                     the same for a container
+  freeflow status                    who uses the router
+  freeflow doctor                    what is missing here, and how to mend it
 
 Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong.
 `router` and `run` have more, see their --help.";

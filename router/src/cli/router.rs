@@ -20,12 +20,13 @@ use super::{Failure, claim::Claim, failure, runtime, wire};
 const SYSTEM_CONFIG: &str = "/etc/freeflow/router.toml";
 
 const MORE: &str = "\
-Without --socket it listens on /run/freeflow/router.sock (root), $XDG_RUNTIME_DIR/freeflow/router.sock (a user),
-or /tmp/freeflow-UID/router.sock (a user without such a directory). SIGTERM and SIGINT end it.
-Options win over variables, variables over the configuration.
+Without --socket it listens on /run/freeflow/router.sock (root),
+$XDG_RUNTIME_DIR/freeflow/router.sock (a user), or
+/tmp/freeflow-UID/router.sock (a user without such a directory). SIGTERM and
+SIGINT end it. Options win over variables, variables over the configuration.
 
-Exit codes: 0 ended as it was told to; 1 failed; 2 the command line or the configuration is wrong;
-3 another router serves the socket.";
+Exit codes: 0 ended as it was told to; 1 failed; 2 the command line or the
+configuration is wrong; 3 another router serves the socket.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = MORE)]

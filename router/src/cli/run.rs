@@ -31,19 +31,22 @@ use super::{
 const HELD_DESCRIPTOR: i32 = 100;
 
 const MORE: &str = "\
-The program keeps user, groups, working directory, network and terminal. Where /dev/infiniband/uverbs_ff0 does not
-exist, it gets a mount namespace in which it does; for an ordinary user that takes a user namespace too, in which
-set-uid programs such as sudo gain nothing.
+The program keeps user, groups, directory, network and terminal. Where
+/dev/infiniband/uverbs_ff0 does not exist, it gets a mount namespace in which it
+does; for an ordinary user that takes a user namespace too, in which set-uid
+programs such as sudo gain nothing.
 
-Without --socket (and FREEFLOW_SOCKET) this user's router is used; where none runs, one is started, which ends by
-itself half a minute after the last program that uses it.
+Without --socket (and FREEFLOW_SOCKET) this user's router is used; where none
+runs, one is started, which ends by itself half a minute after the last program
+that uses it.
 
-Exit codes: the program's own; 125 freeflow could not start it; 126 it cannot be executed; 127 it was not found.
+Exit codes: the program's own; 125 freeflow could not start it; 126 it cannot be
+executed; 127 it was not found.
 
 Examples:
   freeflow run -- ibv_devinfo -v
   freeflow run --mode direct -- ib_write_bw 10.0.0.2
-  freeflow run -- bash                                 everything started from this shell";
+  freeflow run -- bash      (for everything started from this shell)";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = MORE)]
