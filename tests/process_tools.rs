@@ -1,0 +1,64 @@
+//! Promise: Debian's stock verbs tools run unmodified between two processes of one host.
+
+mod common;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Result, ensure};
+use common::{Stage, device::Device, pingpong};
+use libtest_mimic::Trial;
+use xtask::{
+    bed::{Bed, Pair, Tool},
+    matrix::Tier,
+    perftest,
+};
+
+const PAIRS: usize = 16;
+
+fn main() -> ExitCode {
+    common::run("process_tools", common::no_tree(), trials)
+}
+
+fn trials() -> Vec<Trial> {
+    let stage = Stage::new(|| Bed::on_one_host(common::tree()?));
+    let mut trials = vec![
+        stage.trial("ibv_devices lists ff0", lists_the_device),
+        stage.trial("ibv_devinfo shows sane attributes", |bed| Device::query(bed, &bed.client)?.check()),
+        stage.trial("ibv_rc_pingpong by the new post-send interface", |bed| {
+            pingpong::play(bed, "ibv_rc_pingpong", &["-N", "-c"])
+        }),
+        stage.trial("ibv_rc_pingpong of 1 MiB", |bed| {
+            pingpong::play(bed, "ibv_rc_pingpong", &["-s", "1048576", "-c"])
+        }),
+        stage.trial("16 pairs at once", sixteen_pairs),
+    ];
+    trials.extend(pingpong::trials(&stage));
+    trials.extend(stage.matrix(Tier::Process));
+    trials
+}
+
+fn lists_the_device(bed: &Bed) -> Result<()> {
+    let outcome = bed.run(&bed.client, &["ibv_devices"], common::SHORT)?;
+    outcome.success()?;
+    let row = outcome.stdout.lines().find(|line| line.split_whitespace().next() == Some("ff0"));
+    let guid = row.and_then(|row| row.split_whitespace().nth(1)).unwrap_or_default();
+    ensure!(
+        guid.len() == 16 && guid.bytes().any(|digit| digit != b'0'),
+        "no ff0 with a GUID:\n{}",
+        outcome.stdout
+    );
+    Ok(())
+}
+
+fn sixteen_pairs(bed: &Bed) -> Result<()> {
+    let limit = Duration::from_secs(120);
+    let tool = Tool::new("ib_write_bw", &["-s", "4096", "-n", "1000"]);
+    let pairs = (0..PAIRS).map(|_| bed.start_pair(&tool, limit)).collect::<Result<Vec<Pair>>>()?;
+    for pair in pairs {
+        let outcome = pair.wait()?;
+        outcome.success()?;
+        let row = perftest::single_row(&outcome.client.stdout)?;
+        ensure!((row.bytes, row.iterations) == (4096, 1000), "{row:?}\n{}", outcome.report());
+    }
+    Ok(())
+}

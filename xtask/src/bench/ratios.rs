@@ -1,0 +1,232 @@
+//! The promised ratios of isolated mode on one host: how each is measured, and its target.
+//!
+//! Every figure is set against one of the same run on the same machine, except where time itself is promised.
+
+use std::{
+    fmt, fs,
+    hint::black_box,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use xtask::{
+    bed::{Bed, Pair, PairOutcome, Tool, free_port, start_server},
+    interrupt, perftest,
+};
+
+use crate::demo::{bandwidth, latency};
+
+const LIMIT: Duration = Duration::from_secs(180);
+const MESSAGE: usize = 65_536;
+const PAIRS: usize = 16;
+/// At each of the two ends, so twice as many in the router.
+const IDLE_QPS: &str = "5000";
+
+/// One promise.
+#[derive(Debug)]
+pub(crate) struct Ratio {
+    pub(crate) name: &'static str,
+    pub(crate) unit: &'static str,
+    pub(crate) target: Target,
+    pub(crate) measure: fn(&Bed) -> Result<Measurement>,
+}
+
+/// Which side of a number is good.
+#[derive(Debug)]
+pub(crate) enum Target {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+/// A figure and what it was computed from.
+#[derive(Debug)]
+pub(crate) struct Measurement {
+    pub(crate) figure: f64,
+    pub(crate) from: String,
+}
+
+/// All promises.
+pub(crate) const RATIOS: [Ratio; 6] = [
+    Ratio { name: "write latency 8 B", unit: "us", target: Target::AtMost(2.5), measure: write_latency },
+    Ratio {
+        name: "write bandwidth 64 KiB",
+        unit: "x memcpy",
+        target: Target::AtLeast(0.8),
+        measure: write_bandwidth,
+    },
+    Ratio {
+        name: "read bandwidth 64 KiB",
+        unit: "x memcpy",
+        target: Target::AtLeast(0.8),
+        measure: read_bandwidth,
+    },
+    Ratio {
+        name: "16 pairs together",
+        unit: "x one pair",
+        target: Target::AtLeast(1.0),
+        measure: many_pairs,
+    },
+    Ratio {
+        name: "latency beside 10000 idle QPs",
+        unit: "x alone",
+        target: Target::AtMost(1.1),
+        measure: idle_qps,
+    },
+    Ratio { name: "idle router", unit: "% of a core", target: Target::AtMost(0.5), measure: idle_router },
+];
+
+impl Target {
+    pub(crate) fn is_met_by(&self, figure: f64) -> bool {
+        match *self {
+            Self::AtMost(bound) => figure <= bound,
+            Self::AtLeast(bound) => figure >= bound,
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(bound) => write!(formatter, "at most {bound}"),
+            Self::AtLeast(bound) => write!(formatter, "at least {bound}"),
+        }
+    }
+}
+
+fn write_latency(bed: &Bed) -> Result<Measurement> {
+    let figure = latency(bed, "ib_write_lat")?;
+    Ok(Measurement { figure, from: "typical of ib_write_lat, one way".to_owned() })
+}
+
+fn write_bandwidth(bed: &Bed) -> Result<Measurement> {
+    against_memcpy(bed, "ib_write_bw")
+}
+
+fn read_bandwidth(bed: &Bed) -> Result<Measurement> {
+    against_memcpy(bed, "ib_read_bw")
+}
+
+fn against_memcpy(bed: &Bed, tool: &str) -> Result<Measurement> {
+    let bandwidth = bandwidth(bed, tool)?;
+    let memcpy = memcpy();
+    let from = format!("{:.1} of {:.1} GB/s", bandwidth / 1e9, memcpy / 1e9);
+    Ok(Measurement { figure: bandwidth / memcpy, from })
+}
+
+/// Bytes a second of copying one message's buffer to another.
+fn memcpy() -> f64 {
+    let (source, mut target) = (vec![1_u8; MESSAGE], vec![0_u8; MESSAGE]);
+    let (mut copies, start) = (0_u32, Instant::now());
+    while start.elapsed() < Duration::from_millis(500) {
+        for _ in 0..64 {
+            black_box(&mut target).copy_from_slice(black_box(&source));
+        }
+        copies += 64;
+    }
+    f64::from(copies) * MESSAGE as f64 / start.elapsed().as_secs_f64()
+}
+
+fn many_pairs(bed: &Bed) -> Result<Measurement> {
+    // Sampled from the 5th to the 9th second of each pair's 14: by then all run, and all still do.
+    let tool = Tool::new("ib_write_bw", &["-s", "65536", "-D", "14", "-f", "5"]);
+    let alone = bytes_a_second(&bed.run_pair(&tool, LIMIT)?)?;
+    let pairs = (0..PAIRS).map(|_| bed.start_pair(&tool, LIMIT)).collect::<Result<Vec<Pair>>>()?;
+    let mut together = 0.0;
+    for pair in pairs {
+        together += bytes_a_second(&pair.wait()?)?;
+    }
+    let from = format!("{:.1} of {:.1} GB/s", together / 1e9, alone / 1e9);
+    Ok(Measurement { figure: together / alone, from })
+}
+
+fn bytes_a_second(outcome: &PairOutcome) -> Result<f64> {
+    outcome.success()?;
+    let row = perftest::single_row(&outcome.client.stdout)?;
+    Ok(row.bandwidth().context("not the table of a bandwidth test")? * 1_048_576.0)
+}
+
+fn idle_qps(bed: &Bed) -> Result<Measurement> {
+    let alone = latency(bed, "ib_write_lat")?;
+    // A few reads on each QP, after which both ends keep theirs and sleep.
+    let options = ["-q", IDLE_QPS, "-s", "8", "-n", "5", "-t", "5", "--wait_destroy", "150"];
+    let sleepers = bed.start_pair(&Tool::new("ib_read_bw", &options), LIMIT)?;
+    let mut sleepers = [sleepers.server, sleepers.client];
+    wait_until_quiet(&mut sleepers)?;
+    let beside = latency(bed, "ib_write_lat")?;
+    if sleepers[0].has_ended()? || sleepers[1].has_ended()? {
+        bail!("the idle QPs went before the end: {}\n{}", sleepers[0].stderr(), sleepers[1].stderr());
+    }
+    Ok(Measurement { figure: beside / alone, from: format!("{beside:.2} of {alone:.2} us") })
+}
+
+/// Waits until none of the jobs has used the processor for two seconds.
+fn wait_until_quiet(jobs: &mut [xtask::process::Job]) -> Result<()> {
+    let start = Instant::now();
+    let mut before = Duration::MAX;
+    loop {
+        interrupt::check()?;
+        let mut used = Duration::ZERO;
+        for job in &mut *jobs {
+            if job.has_ended()? {
+                bail!("ended instead of keeping its QPs:\n{}{}", job.stdout(), job.stderr());
+            }
+            used += processor_time(job.pid())?;
+        }
+        if used == before {
+            return Ok(());
+        }
+        if start.elapsed() > Duration::from_secs(100) {
+            bail!("the QPs are still not up after {:?}", start.elapsed());
+        }
+        before = used;
+        thread::sleep(Duration::from_secs(2));
+    }
+}
+
+fn idle_router(bed: &Bed) -> Result<Measurement> {
+    // A client that has opened the device, made its objects, and waits for a peer that never comes.
+    let port = free_port()?;
+    let tool = ["ibv_rc_pingpong", "-d", "ff0", "-g", "0", "-p"].map(str::to_owned);
+    let mut words: Vec<String> = vec![bed.tree.program().display().to_string()];
+    words.extend(["run", "--socket"].map(str::to_owned));
+    words.push(bed.router.socket().display().to_string());
+    words.push("--".to_owned());
+    words.extend(tool);
+    words.push(port.to_string());
+    let _client = start_server(&bed.server, &words, port, LIMIT)?;
+    thread::sleep(Duration::from_secs(1));
+    let (before, start) = (processor_time(bed.router.pid())?, Instant::now());
+    thread::sleep(Duration::from_secs(10));
+    let used = processor_time(bed.router.pid())?.saturating_sub(before);
+    let figure = 100.0 * used.as_secs_f64() / start.elapsed().as_secs_f64();
+    Ok(Measurement { figure, from: format!("{used:.1?} in 10 s beside one idle client") })
+}
+
+/// What all threads of a process have used so far, to the nanosecond.
+fn processor_time(pid: u32) -> Result<Duration> {
+    let mut total = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("no process {pid}"))? {
+        let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
+        total += text.split_whitespace().next().map_or(0, |field| field.parse().unwrap_or(0));
+    }
+    Ok(Duration::from_nanos(total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_has_a_good_side() {
+        assert!(Target::AtMost(2.5).is_met_by(2.5) && !Target::AtMost(2.5).is_met_by(2.6));
+        assert!(Target::AtLeast(0.8).is_met_by(0.8) && !Target::AtLeast(0.8).is_met_by(0.7));
+    }
+
+    #[test]
+    fn copying_and_counting_give_figures() {
+        let before = processor_time(std::process::id()).unwrap();
+        assert!(memcpy() > 1e8);
+        assert!(processor_time(std::process::id()).unwrap() > before);
+    }
+}

@@ -1,0 +1,174 @@
+//! `cargo xtask demo`: stock perftest between two network namespaces, beside kernel TCP over the same pair.
+
+use std::{
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, ExitCode},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use xtask::{
+    bed::{Bed, Tool, free_port, start_server},
+    interrupt, perftest,
+    process::{Job, has_program, run},
+    tree::Tree,
+};
+
+use crate::{build, packages, table::Table};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const MIB: f64 = 1_048_576.0;
+
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    /// An install tree to use instead of building one
+    #[arg(long, value_name = "DIR")]
+    tree: Option<PathBuf>,
+    /// Set when the demo has put itself into a user namespace
+    #[arg(long, hide = true)]
+    inside: bool,
+}
+
+pub(crate) fn main(options: &Options) -> Result<ExitCode> {
+    let needed = [&packages::TOOLS[..], &packages::NAMESPACES, &packages::TCP].concat();
+    packages::require(&needed)?;
+    let tree = build::tree(options.tree.as_deref())?;
+    if !rustix::process::geteuid().is_root() && !options.inside && may_unshare() {
+        return Err(enter_user_namespace(&tree));
+    }
+    let bed = make_bed(tree)?;
+    let comparison = measure(&bed)?;
+    drop(bed);
+    println!("\n{comparison}");
+    println!(
+        "Bandwidth of 64 KiB messages against one iperf3 stream, latency of 8 bytes against a TCP ping-pong."
+    );
+    println!(
+        "write and send are one way (half a round trip), atomic is a whole round trip, as perftest counts."
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether an ordinary user may make the namespaces that the demo wants.
+fn may_unshare() -> bool {
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "--mount", "true"]);
+    has_program("unshare") && run(command, Duration::from_secs(10)).is_ok()
+}
+
+/// Replaces this process by the same demo as root of a user namespace, where it may make network namespaces.
+/// `ip netns` keeps them in `/run`, so that becomes a private one.
+fn enter_user_namespace(tree: &Tree) -> anyhow::Error {
+    println!("Not root: entering a user namespace to make the network namespaces in.");
+    let script = r#"mount -t tmpfs tmpfs /run && exec "$0" "$@""#;
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return error.into(),
+    };
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "--mount", "sh", "-c", script]).arg(program);
+    command.args(["demo", "--inside", "--tree"]).arg(tree.prefix()).env_remove("XDG_RUNTIME_DIR");
+    anyhow::Error::from(command.exec()).context("could not enter a user namespace")
+}
+
+fn make_bed(tree: Tree) -> Result<Bed> {
+    match Bed::across_namespaces(tree.clone()) {
+        Ok(bed) => {
+            println!("Router up; two network namespaces, {} and {}.", bed.server.address, bed.client.address);
+            Ok(bed)
+        }
+        Err(error) => {
+            interrupt::check()?;
+            println!(
+                "No two network namespaces here ({error:#});\nboth ends run in this one, TCP over loopback."
+            );
+            Bed::on_one_host(tree)
+        }
+    }
+}
+
+fn measure(bed: &Bed) -> Result<Table> {
+    let tcp_bandwidth = progress("iperf3", || iperf(bed), gigabytes)?;
+    let tcp_trip = progress("TCP ping-pong", || tcp_trip(bed), microseconds)?;
+    let mut table = Table::new(&["test", "FreeFlow", "kernel TCP", "FreeFlow is"]);
+    for tool in ["ib_write_bw", "ib_read_bw", "ib_send_bw"] {
+        let figure = progress(tool, || bandwidth(bed, tool), gigabytes)?;
+        let gain = format!("{:.1} x the bandwidth", figure / tcp_bandwidth);
+        table.row(vec![format!("{tool} 64 KiB"), gigabytes(figure), gigabytes(tcp_bandwidth), gain]);
+    }
+    for (tool, of_tcp) in
+        [("ib_write_lat", tcp_trip / 2.0), ("ib_send_lat", tcp_trip / 2.0), ("ib_atomic_lat", tcp_trip)]
+    {
+        let figure = progress(tool, || latency(bed, tool), microseconds)?;
+        let gain = format!("{:.1} x as quick", of_tcp / figure);
+        table.row(vec![format!("{tool} 8 B"), microseconds(figure), microseconds(of_tcp), gain]);
+    }
+    Ok(table)
+}
+
+fn progress(what: &str, measure: impl FnOnce() -> Result<f64>, unit: fn(f64) -> String) -> Result<f64> {
+    use std::io::Write;
+    print!("  {what:<14} ");
+    std::io::stdout().flush()?;
+    let figure = measure().with_context(|| format!("{what} failed")).inspect_err(|_| println!("failed"))?;
+    println!("{}", unit(figure));
+    Ok(figure)
+}
+
+fn gigabytes(bytes_a_second: f64) -> String {
+    format!("{:.2} GB/s", bytes_a_second / 1e9)
+}
+
+fn microseconds(figure: f64) -> String {
+    format!("{figure:.2} us")
+}
+
+/// Average bytes a second of 64 KiB messages.
+pub(crate) fn bandwidth(bed: &Bed, tool: &str) -> Result<f64> {
+    let tool = Tool::new(tool, &["-s", "65536", "-D", "2"]);
+    let outcome = bed.run_pair(&tool, LIMIT)?;
+    outcome.success()?;
+    let row = perftest::single_row(&outcome.client.stdout)?;
+    Ok(row.bandwidth().context("not the table of a bandwidth test")? * MIB)
+}
+
+/// Typical microseconds of 8 bytes.
+pub(crate) fn latency(bed: &Bed, tool: &str) -> Result<f64> {
+    let size: &[&str] = if tool.contains("atomic") { &[] } else { &["-s", "8"] };
+    let tool = Tool::new(tool, &[size, &["-n", "20000"]].concat());
+    let outcome = bed.run_pair(&tool, LIMIT)?;
+    outcome.success()?;
+    let row = perftest::single_row(&outcome.client.stdout)?;
+    row.latency().context("not the table of a latency test")
+}
+
+/// Bytes a second of one TCP stream.
+fn iperf(bed: &Bed) -> Result<f64> {
+    let port = free_port()?;
+    let server = words(&["iperf3", "--server", "--one-off", "--port", &port.to_string()]);
+    let _server = start_server(&bed.server, &server, port, LIMIT)?;
+    let client = words(&["iperf3", "--json", "--time", "2", "--port", &port.to_string(), "--client"]);
+    let client = [client, vec![bed.server.address.clone()]].concat();
+    let outcome = run(bed.client.plain_command(&client), LIMIT)?;
+    let report: serde_json::Value = serde_json::from_str(&outcome.stdout)?;
+    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(bits.context("iperf3 reported no rate")? / 8.0)
+}
+
+/// Microseconds of a round trip of 8 bytes over TCP.
+fn tcp_trip(bed: &Bed) -> Result<f64> {
+    let program = std::env::current_exe()?.display().to_string();
+    let port = free_port()?;
+    let server = words(&[&program, "tcp-serve", &port.to_string()]);
+    let _server = start_server(&bed.server, &server, port, LIMIT)?;
+    let client = words(&[&program, "tcp-ping", &bed.server.address, &port.to_string()]);
+    let outcome = Job::spawn(bed.client.plain_command(&client), LIMIT)?.wait()?;
+    outcome.success()?;
+    outcome.stdout.trim().parse().context("no figure from the TCP ping-pong")
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}

@@ -1,0 +1,112 @@
+//! Debian packages that the demo and the tests need: which are missing, and getting them.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+use xtask::process::has_program;
+
+/// A package, how to tell that it is there, and what for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Package {
+    name: &'static str,
+    /// A program's name, or a file's path.
+    probe: &'static str,
+    why: &'static str,
+}
+
+const fn package(name: &'static str, probe: &'static str, why: &'static str) -> Package {
+    Package { name, probe, why }
+}
+
+/// Stock verbs programs.
+pub(crate) const TOOLS: [Package; 2] = [
+    package("ibverbs-utils", "ibv_devinfo", "stock verbs programs: ibv_devinfo, ibv_rc_pingpong"),
+    package("perftest", "ib_write_bw", "stock verbs benchmarks: ib_write_bw and its kin"),
+];
+
+/// Network namespaces.
+pub(crate) const NAMESPACES: [Package; 2] = [
+    package("iproute2", "ip", "network namespaces and the cable between them"),
+    package("util-linux", "nsenter", "running a program in a network namespace"),
+];
+
+/// Kernel TCP, to compare with.
+pub(crate) const TCP: [Package; 1] =
+    [package("iperf3", "iperf3", "the bandwidth of kernel TCP, to compare with")];
+
+/// Containers on Debian root file systems.
+pub(crate) const CONTAINERS: [Package; 7] = [
+    package("podman", "podman", "containers"),
+    package("runc", "runc", "the runtime of the containers"),
+    package("conmon", "conmon", "podman's watcher of a container"),
+    package("netavark", "/usr/lib/podman/netavark", "podman's bridge networks"),
+    package("aardvark-dns", "/usr/lib/podman/aardvark-dns", "podman's bridge networks"),
+    package("iptables", "iptables", "podman's bridge networks"),
+    package("debootstrap", "debootstrap", "root file systems for the containers"),
+];
+
+/// Installs those that are missing, saying what and why. Who may not is told the one command that does.
+pub(crate) fn require(packages: &[Package]) -> Result<()> {
+    let missing: Vec<Package> = packages.iter().copied().filter(|package| !package.is_there()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("Missing Debian packages:");
+    for package in &missing {
+        println!("  {:<14} {}", package.name, package.why);
+    }
+    let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+    if !has_program("apt-get") {
+        bail!("this is no Debian: install these by your own means: {}", names.join(" "));
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!(
+            "some packages are missing, and only root may install them. Run\n\n    \
+             sudo apt-get install --no-install-recommends {}\n",
+            names.join(" ")
+        );
+    }
+    install(&names)
+}
+
+impl Package {
+    fn is_there(&self) -> bool {
+        if self.probe.starts_with('/') { Path::new(self.probe).exists() } else { has_program(self.probe) }
+    }
+}
+
+fn install(names: &[&str]) -> Result<()> {
+    println!("Installing them with apt-get ...");
+    // Package lists may be old or absent; an update that fails is no reason to give up before trying.
+    let updated = apt(&["update", "-qq"]);
+    let mut words = vec!["install", "-qq", "--yes", "--no-install-recommends"];
+    words.extend(names);
+    if apt(&words).is_err() {
+        updated.context("apt-get update failed before")?;
+        bail!("apt-get could not install {}", names.join(" "));
+    }
+    Ok(())
+}
+
+fn apt(words: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.args(words).env("DEBIAN_FRONTEND", "noninteractive");
+    let output = command.output().context("could not start apt-get")?;
+    if !output.status.success() {
+        bail!("apt-get {}:\n{}", words.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_not_asked_for() {
+        require(&[package("coreutils", "true", "a test"), package("base-files", "/etc/passwd", "a test")])
+            .unwrap();
+        assert!(!package("none", "no-such-program", "a test").is_there());
+        assert!(!package("none", "/no/such/file", "a test").is_there());
+    }
+}

@@ -1,0 +1,94 @@
+//! What perftest prints, as numbers.
+
+use anyhow::{Result, bail};
+
+/// One line of a result table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// The size of the messages.
+    pub bytes: u64,
+    /// How many of them (of all queue pairs together, in bandwidth tests).
+    pub iterations: u64,
+    /// The columns that follow.
+    values: Vec<f64>,
+}
+
+impl Row {
+    /// Average bandwidth in MiB/s, of a bandwidth test (peak, average, message rate).
+    pub fn bandwidth(&self) -> Option<f64> {
+        (self.values.len() == 3).then(|| self.values[1])
+    }
+
+    /// Typical latency in microseconds, of a latency test (minimum, maximum, typical, average, ...).
+    pub fn latency(&self) -> Option<f64> {
+        (self.values.len() == 7).then(|| self.values[2])
+    }
+
+    /// What the test measures: bandwidth or latency, whatever its mode; it must be a positive number.
+    pub fn figure(&self) -> Option<f64> {
+        // A latency test by duration prints the average and the rate.
+        let by_duration = (self.values.len() == 2).then(|| self.values[0]);
+        self.bandwidth().or(self.latency()).or(by_duration)
+    }
+}
+
+/// The rows of the result table, in the order in which they were printed.
+pub fn rows(stdout: &str) -> Vec<Row> {
+    let table = stdout.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
+    table.skip(1).filter_map(row).collect()
+}
+
+/// The only row of a test of one size.
+pub fn single_row(stdout: &str) -> Result<Row> {
+    match rows(stdout).as_slice() {
+        [row] => Ok(row.clone()),
+        other => bail!("expected one row of results, found {}:\n{stdout}", other.len()),
+    }
+}
+
+fn row(line: &str) -> Option<Row> {
+    let mut fields = line.split_whitespace();
+    let bytes = fields.next()?.parse().ok()?;
+    let iterations = fields.next()?.parse().ok()?;
+    let values = fields.map(|field| field.parse().ok()).collect::<Option<Vec<f64>>>()?;
+    Some(Row { bytes, iterations, values })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BANDWIDTH: &str = "\
+ remote address: LID 0000 QPN 0x0012 PSN 0x1 RKey 0x1 VAddr 0x2
+---------------------------------------------------------------------------------------
+ #bytes     #iterations    BW peak[MB/sec]    BW average[MB/sec]   MsgRate[Mpps]
+ 65536      1000             19881.07            19823.27		   0.317172
+ 131072     1000             20881.07            20823.27		   0.166586
+---------------------------------------------------------------------------------------
+";
+
+    const LATENCY: &str = "\
+ #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]    t_stdev[usec]   99% percentile[usec]   99.9% percentile[usec]
+ 8       1000          1.80           9.96         1.91  	       1.95     	0.18   		2.30    		9.96
+";
+
+    #[test]
+    fn a_bandwidth_table_is_read() {
+        let rows = rows(BANDWIDTH);
+        assert_eq!(rows.iter().map(|row| row.bytes).collect::<Vec<_>>(), [65536, 131_072]);
+        assert_eq!((rows[0].iterations, rows[0].bandwidth()), (1000, Some(19823.27)));
+        assert!(single_row(BANDWIDTH).is_err());
+    }
+
+    #[test]
+    fn a_latency_table_is_read() {
+        let row = single_row(LATENCY).unwrap();
+        assert_eq!((row.bytes, row.latency(), row.bandwidth()), (8, Some(1.91), None));
+        assert_eq!(row.figure(), Some(1.91));
+    }
+
+    #[test]
+    fn lines_before_the_table_are_not_rows() {
+        assert_eq!(rows("1 2 3\n"), []);
+    }
+}
