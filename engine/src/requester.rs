@@ -87,6 +87,8 @@ pub struct Requester {
     qp_type: QpType,
     pd: u32,
     retries: Retries,
+    /// In the owner's seat what must wait is the router's business, counters included.
+    owner: bool,
     area: QueueArea,
     completions: Completions,
     /// Block of the SQ's head.
@@ -116,6 +118,7 @@ impl Requester {
             qp_type,
             pd,
             retries: Retries::default(),
+            owner: false,
             area,
             completions,
             head: 0,
@@ -130,6 +133,13 @@ impl Requester {
             deadline: None,
             traffic: Traffic::default(),
         }
+    }
+
+    /// The same half in the owner's seat: an attempt that must wait counts nothing, for the router repeats it.
+    #[must_use]
+    pub fn in_owners_seat(mut self) -> Self {
+        self.owner = true;
+        self
     }
 
     /// Sets the retry behaviour.
@@ -363,6 +373,7 @@ impl Requester {
                 self.area.header.journal_placed().store(placed, Ordering::Relaxed);
                 Attempt::Unfinished
             }
+            Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
             Reply::Rnr(code) => self.wait_receive(code, now),
             Reply::Silence => self.wait_peer(now),
             Reply::SourceFault => self.fail(WcStatus::LocProtErr, false, None),

@@ -106,8 +106,10 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn seize_receives(&mut self, at: usize) -> bool {
         let attached = self.qps[at].as_ref().map(|qp| qp.attached.clone()).unwrap_or_default();
         attached.into_iter().fold(true, |all, other| {
+            let before = self.qps[other].as_ref().is_some_and(|qp| qp.held);
             let held = self.hold_seat(other);
-            if held {
+            if held && !before {
+                // A turn gives the seat back.
                 self.schedule.enqueue(other);
             }
             all && held
