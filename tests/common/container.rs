@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use xtask::{
     bed::Place,
-    process::{Outcome, command, run},
+    process::{Outcome, clean_up, command, run},
     tree::Tree,
 };
 
@@ -95,7 +95,7 @@ impl Container {
     }
 
     fn remove(&self) {
-        let _ = podman(&["rm", "--force", "--time", "0", &self.name]);
+        clean_up(command(["podman", "rm", "--force", "--time", "0", &self.name]), LIMIT);
     }
 }
 
@@ -120,7 +120,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = podman(&["network", "rm", "--force", &self.name]);
+        clean_up(command(["podman", "network", "rm", "--force", &self.name]), LIMIT);
     }
 }
 
@@ -130,7 +130,7 @@ fn remove_leftovers() {
     for name in list.stdout.lines() {
         let maker = name.strip_prefix(PREFIX).and_then(|pid| pid.parse::<u32>().ok());
         if maker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            let _ = podman(&["network", "rm", "--force", name]);
+            clean_up(command(["podman", "network", "rm", "--force", name]), LIMIT);
         }
     }
 }

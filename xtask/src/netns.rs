@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result};
 
-use crate::process::{command, run};
+use crate::process::{clean_up, command, run};
 
 const PREFIX: &str = "freeflow-";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -76,7 +76,7 @@ impl Drop for NamespacePair {
     fn drop(&mut self) {
         for side in [&self.left, &self.right] {
             // Half-made pairs come here too: what is not there cannot be removed.
-            let _ = ip(&["netns", "delete", &side.name]);
+            delete(&side.name);
         }
     }
 }
@@ -87,9 +87,13 @@ fn remove_leftovers() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
         if maker.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()) {
-            let _ = ip(&["netns", "delete", &name]);
+            delete(&name);
         }
     }
+}
+
+fn delete(name: &str) {
+    clean_up(command(["ip", "netns", "delete", name]), LIMIT);
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

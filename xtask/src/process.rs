@@ -83,8 +83,13 @@ impl Job {
             // An error here means that it has just ended by itself.
             let _ = kill_process_group(self.group(), Signal::TERM);
         }
-        let asked = Instant::now();
-        while !self.has_ended()? && asked.elapsed() < grace {
+        self.end_by(grace)
+    }
+
+    /// Waits whatever the user asks, but not for long; kills what is left.
+    fn end_by(mut self, grace: Duration) -> Result<Outcome> {
+        let start = Instant::now();
+        while !self.has_ended()? && start.elapsed() < grace {
             thread::sleep(Duration::from_millis(5));
         }
         self.kill();
@@ -174,6 +179,13 @@ pub fn run(command: Command, limit: Duration) -> Result<Outcome> {
     let outcome = Job::spawn(command, limit)?.wait()?;
     outcome.success()?;
     Ok(outcome)
+}
+
+/// Runs a command that cleans up: also after an interrupt, and whatever comes of it, since there may be nothing left.
+pub fn clean_up(command: Command, limit: Duration) {
+    if let Ok(job) = Job::spawn(command, limit) {
+        let _ = job.end_by(limit);
+    }
 }
 
 /// A command from its words.

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use xtask::{interrupt, tree::Tree};
 
 use crate::{build, packages, packages::Package, workspace};
@@ -260,12 +260,13 @@ fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
     receiver
 }
 
-/// Asks first: test programs clean up after a SIGTERM.
+/// Asks first: test programs clean up after a SIGTERM, and go on doing so when cargo is already gone.
 fn end_group(child: &mut Child) {
     let group = Pid::from_child(child);
     let _ = kill_process_group(group, Signal::TERM);
     let asked = Instant::now();
-    while matches!(child.try_wait(), Ok(None)) {
+    // An ended child stays in its group until it is waited for.
+    while matches!(child.try_wait(), Ok(None)) || test_kill_process_group(group).is_ok() {
         if asked.elapsed() > GRACE {
             let _ = kill_process_group(group, Signal::KILL);
         }
