@@ -20,6 +20,11 @@ pub trait Memory {
     /// pointer is valid for reads and writes of `len` bytes until the MR is invalidated and the seat has left.
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>>;
 
+    /// Whether this seat can reach the range at all. One that cannot leaves the whole request to the router.
+    fn reaches(&self, _mr: &MrEntry, _addr: u64, _len: u64) -> bool {
+        true
+    }
+
     /// Reads application memory that is not mapped here.
     ///
     /// # Errors
@@ -40,6 +45,12 @@ pub(crate) struct Span {
     /// First address in the application.
     pub(crate) addr: u64,
     pub(crate) len: u64,
+}
+
+/// Whether this seat reaches every span.
+#[inline]
+pub(crate) fn all_reached(memory: &impl Memory, spans: &[Span]) -> bool {
+    spans.iter().all(|span| memory.reaches(&span.mr, span.addr, span.len))
 }
 
 /// The range `[iova, iova + len)` under `key`, if the key's owner, PD, bounds and rights allow it.

@@ -373,6 +373,7 @@ impl Requester {
                 self.area.header.journal_placed().store(placed, Ordering::Relaxed);
                 Attempt::Unfinished
             }
+            Reply::OutOfReach => Attempt::Wait(None),
             Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
             Reply::Rnr(code) => self.wait_receive(code, now),
             Reply::Silence => self.wait_peer(now),

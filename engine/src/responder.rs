@@ -17,7 +17,7 @@ use verbs_abi::{
 use crate::{
     Completions, Memory,
     datagram::{GRH_LEN, grh},
-    memory::{Span, check, check_list},
+    memory::{Span, all_reached, check, check_list},
     place::{Atomic, atomic},
     transfer::{Broken, Side, mapped_word, transfer},
 };
@@ -57,6 +57,8 @@ pub(crate) enum Reply {
     Nak(WcStatus, Option<EventType>),
     /// The requester's own memory could not be read.
     SourceFault,
+    /// Nothing happened: only the router reaches that memory.
+    OutOfReach,
 }
 
 const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
@@ -202,9 +204,10 @@ impl Responder {
         if request.len == 0 {
             return Ok(None);
         }
-        check(memory, self.pd, request.rkey, request.remote_addr, request.len, AccessFlags::REMOTE_READ)
-            .map(Some)
-            .ok_or(ACCESS)
+        let need = AccessFlags::REMOTE_READ;
+        let span =
+            check(memory, self.pd, request.rkey, request.remote_addr, request.len, need).ok_or(ACCESS)?;
+        if all_reached(memory, &[span]) { Ok(Some(span)) } else { Err(Reply::OutOfReach) }
     }
 
     /// Executes an atomic.
@@ -229,6 +232,9 @@ impl Responder {
         };
         if !span.addr.is_multiple_of(8) {
             return INVALID_REQUEST;
+        }
+        if !all_reached(memory, &[span]) {
+            return Reply::OutOfReach;
         }
         match mapped_word(memory, &span) {
             // SAFETY: eight mapped bytes, aligned: the application's address is, and pages keep alignment.
@@ -261,7 +267,10 @@ impl Responder {
         let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, request.len, need) else {
             return ACCESS;
         };
-        place_slice(request, (memory, &[span]), 0)
+        if !all_reached(memory, &[span]) {
+            return Reply::OutOfReach;
+        }
+        place_slice(request, (memory, &[span]))
     }
 
     fn write_with_imm<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
@@ -286,7 +295,10 @@ impl Responder {
         if request.len > self.spans.iter().map(|span| span.len).sum() {
             return self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST);
         }
-        let reply = place_slice(request, (memory, &self.spans), 0);
+        if !all_reached(memory, &self.spans) {
+            return Reply::OutOfReach;
+        }
+        let reply = place_slice(request, (memory, &self.spans));
         match reply {
             Reply::Ack => {
                 let cqe = self.receipt(request, WcOpcode::Recv, request.len);
@@ -392,10 +404,10 @@ impl Responder {
 }
 
 /// Places the next slice of a request's payload.
-fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span]), base: u64) -> Reply {
+fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span])) -> Reply {
     let left = request.len - request.placed;
     let now = left.min(request.budget);
-    match transfer(request.payload, target, (request.placed, base + request.placed), now) {
+    match transfer(request.payload, target, (request.placed, request.placed), now) {
         Ok(()) if now == left => Reply::Ack,
         Ok(()) => Reply::Partly(request.placed + now),
         Err(Broken::Source) => Reply::SourceFault,
