@@ -1,0 +1,328 @@
+//! The calls of libibverbs that go past its ops table, caught on their way to libc.
+//!
+//! | libibverbs calls | on | and gets |
+//! |---|---|---|
+//! | `write` | a command descriptor | a completion channel: an eventfd; EOPNOTSUPP for any other command |
+//! | `read` | a completion channel, the async descriptor | the next event's record, built in this process |
+//! | `close` | any of the three | the owner is told first |
+//! | `openat` | a file below our device's sysfs directory | a memfd with what [`CommandChannel::sysfs`] says |
+//! | `nl_connect` | the RDMA netlink protocol | refused, so that device enumeration stays with sysfs |
+//!
+//! In every release from 25 to 65, a sysfs file of a device is opened by
+//! `openat(AT_FDCWD, "<ibdev_path>/<file>", O_RDONLY | O_CLOEXEC)`, read once and closed; relative names occur for
+//! the uverbs directories only, which are ours as files. The events themselves are the verbs side's, behind
+//! [`CommandChannel`]; the eventfds are in semaphore mode, a count an event, so a reader blocks, polls and returns
+//! EAGAIN exactly as it asked for by the descriptor's flags.
+//!
+//! The hooks are armed when libibverbs allocates the first of our devices: a process with none is left alone.
+
+pub(crate) mod registry;
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::EventfdFlags;
+use rustix::fs::MemfdFlags;
+use verbs_abi::ffi_private::{
+    AsyncEventDesc, CMD_CREATE_COMP_CHANNEL, CmdHdr, CompEventDesc, CreateCompChannel, CreateCompChannelResp,
+};
+
+use crate::abi::edge::{self, Errno};
+use crate::abi::library::{LIBRDMACM, Library, Verbs};
+use crate::got::{self, Hook, Original};
+use crate::log::{self, Level};
+use registry::{Owner, Role};
+
+/// What an opened device does when libibverbs goes past its ops table. Called from any thread, with no lock held.
+pub(crate) trait CommandChannel: Send + Sync {
+    /// `ibv_create_comp_channel`: `fd` is the new channel's eventfd, the number that the application will see. An
+    /// error refuses the channel.
+    fn comp_channel_created(&self, fd: RawFd) -> Result<(), Errno>;
+
+    /// `ibv_destroy_comp_channel`: `fd` is about to be closed.
+    fn comp_channel_closed(&self, fd: RawFd);
+
+    /// A thread is about to read, and perhaps to sleep on, a completion channel or the async descriptor.
+    fn before_wait(&self, fd: RawFd, role: Role) {
+        let _ = (fd, role);
+    }
+
+    /// The next completion event of a channel, after one count was taken from its eventfd. `None` if there is none
+    /// (it was revoked): the reader takes the next count or waits for it.
+    fn next_comp_event(&self, fd: RawFd) -> Result<Option<CompEventDesc>, Errno>;
+
+    /// The next async event, after one count was taken from the async descriptor; as for completion events.
+    fn next_async_event(&self) -> Result<Option<AsyncEventDesc>, Errno>;
+
+    /// What a sysfs file of the device says, by its name below the device's directory (`ports/1/gids/0`); `None` to
+    /// let the file itself answer. Asked of the device opened last, since libibverbs does not say for which.
+    fn sysfs(&self, file: &str) -> Option<String>;
+}
+
+static WRITE: Original = Original::new();
+static READ: Original = Original::new();
+static CLOSE: Original = Original::new();
+static OPENAT: Original = Original::new();
+static NL_CONNECT: Original = Original::new();
+
+fn libibverbs_hooks() -> [Hook; 5] {
+    let hook = |name, replacement, original| Hook { name, replacement, original };
+    [
+        hook(c"write", hooked_write as *const () as *const c_void, &WRITE),
+        hook(c"read", hooked_read as *const () as *const c_void, &READ),
+        hook(c"close", hooked_close as *const () as *const c_void, &CLOSE),
+        hook(c"openat", hooked_openat as *const () as *const c_void, &OPENAT),
+        hook(c"nl_connect", hooked_nl_connect as *const () as *const c_void, &NL_CONNECT),
+    ]
+}
+
+/// The imports of librdmacm to rewrite. It talks to the rdma_cm device by `open`, `fstat`, `write` and `close`;
+/// until that is answered, only enumeration is kept with sysfs.
+fn librdmacm_hooks() -> [Hook; 1] {
+    let replacement = hooked_nl_connect as *const () as *const c_void;
+    [Hook { name: c"nl_connect", replacement, original: &NL_CONNECT }]
+}
+
+static ARMED: AtomicBool = AtomicBool::new(false);
+
+/// Arms the hooks, once and for all.
+pub(crate) fn arm(verbs: &Verbs) {
+    registry::guard_forks();
+    let absent = match got::patch(&verbs.library, &libibverbs_hooks()) {
+        Ok(absent) => absent.iter().map(|hook| hook.name).collect::<Vec<_>>(),
+        Err(error) => {
+            let advice = "completion channels and GID queries of ff0 will fail";
+            log::say(Level::Error, format_args!("{error}; {advice}"));
+            return;
+        }
+    };
+    if !ARMED.swap(true, Ordering::AcqRel) && !absent.is_empty() {
+        log::say(
+            Level::Warn,
+            format_args!("libibverbs does not import {absent:?}; some verbs of ff0 will fail"),
+        );
+    }
+    scan_late_libraries();
+}
+
+/// Hooks what was loaded since. Every `ibv_get_device_list` comes here first, and librdmacm calls that before
+/// anything that matters, however late it was loaded.
+fn scan_late_libraries() {
+    let Some(librdmacm) = Library::find(LIBRDMACM) else { return };
+    if let Err(error) = got::patch(&librdmacm, &librdmacm_hooks()) {
+        log::say(Level::Error, format_args!("{error}; rdma_cm will not work with ff0"));
+    }
+}
+
+/// The function that an import led to, or `fallback` where the hook was called without having been rewritten.
+///
+/// # Safety
+/// `F` must be the C type of the function.
+unsafe fn original<F: Copy>(original: &Original, fallback: F) -> F {
+    match original.load() {
+        // SAFETY: the caller's promise; a function pointer is as large as an address.
+        Some(address) => unsafe { mem::transmute_copy(&address) },
+        None => fallback,
+    }
+}
+
+type Write = unsafe extern "C" fn(c_int, *const c_void, usize) -> isize;
+type Read = unsafe extern "C" fn(c_int, *mut c_void, usize) -> isize;
+type Close = unsafe extern "C" fn(c_int) -> c_int;
+type OpenAt = unsafe extern "C" fn(c_int, *const c_char, c_int, libc::mode_t) -> c_int;
+type NlConnect = unsafe extern "C" fn(*mut c_void, c_int) -> c_int;
+
+/// `write(2)` as libibverbs calls it.
+unsafe extern "C" fn hooked_write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
+    match registry::look_up(fd) {
+        Some((Role::Command, owner)) => edge::syscall(|| {
+            let Owner::Live(device) = owner else { return Err(Errno::IO) };
+            // SAFETY: libibverbs passes `length` readable bytes, and a command's reply address is its own.
+            unsafe { command(&device, buffer, length) }
+        }),
+        // SAFETY: the caller's own arguments for the caller's own function.
+        _ => unsafe { original::<Write>(&WRITE, libc::write)(fd, buffer, length) },
+    }
+}
+
+/// # Safety
+/// `buffer` must hold a command of `length` bytes whose reply address libibverbs may write to.
+unsafe fn command(
+    device: &Arc<dyn CommandChannel>,
+    buffer: *const c_void,
+    length: usize,
+) -> Result<isize, Errno> {
+    if length < size_of::<CmdHdr>() {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: the caller's promise, and the length was checked.
+    let header = unsafe { buffer.cast::<CmdHdr>().read_unaligned() };
+    if header.command != CMD_CREATE_COMP_CHANNEL {
+        log::say(Level::Debug, format_args!("refused command {} of libibverbs", header.command));
+        return Err(Errno::OPNOTSUPP);
+    }
+    if length < size_of::<CreateCompChannel>() {
+        return Err(Errno::INVAL);
+    }
+    // SAFETY: as above.
+    let request = unsafe { buffer.cast::<CreateCompChannel>().read_unaligned() };
+    let fd = create_comp_channel(device)?;
+    let response = request.response as *mut CreateCompChannelResp;
+    // SAFETY: the caller's promise.
+    unsafe { response.write_unaligned(CreateCompChannelResp { fd: fd as u32 }) };
+    Ok(length as isize)
+}
+
+fn create_comp_channel(device: &Arc<dyn CommandChannel>) -> Result<RawFd, Errno> {
+    let channel = event_counter()?;
+    device.comp_channel_created(channel.as_raw_fd())?;
+    registry::enter(channel.as_raw_fd(), Role::Completion, device);
+    Ok(channel.into_raw_fd())
+}
+
+/// A descriptor that carries events as counts: each read takes one.
+pub(crate) fn event_counter() -> Result<OwnedFd, Errno> {
+    rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)
+}
+
+/// `read(2)` as libibverbs calls it.
+unsafe extern "C" fn hooked_read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
+    match registry::look_up(fd) {
+        Some((role @ (Role::Completion | Role::Async), owner)) => edge::syscall(|| {
+            let Owner::Live(device) = owner else { return Err(Errno::IO) };
+            let wait = || {
+                device.before_wait(fd, role);
+                take_count(fd)
+            };
+            match role {
+                Role::Completion => {
+                    // SAFETY: libibverbs passes `length` writable bytes.
+                    unsafe { read_event(wait, || device.next_comp_event(fd), buffer, length) }
+                }
+                // SAFETY: as above.
+                _ => unsafe { read_event(wait, || device.next_async_event(), buffer, length) },
+            }
+        }),
+        // SAFETY: the caller's own arguments for the caller's own function.
+        _ => unsafe { original::<Read>(&READ, libc::read)(fd, buffer, length) },
+    }
+}
+
+/// Waits for one count after the other until one has an event, and stores its record.
+///
+/// # Safety
+/// `buffer` must be writable for `length` bytes.
+unsafe fn read_event<T>(
+    wait: impl Fn() -> Result<(), Errno>,
+    next: impl Fn() -> Result<Option<T>, Errno>,
+    buffer: *mut c_void,
+    length: usize,
+) -> Result<isize, Errno> {
+    if length < size_of::<T>() {
+        return Err(Errno::INVAL);
+    }
+    loop {
+        wait()?;
+        if let Some(record) = next()? {
+            // SAFETY: the caller's promise, and the length was checked.
+            unsafe { buffer.cast::<T>().write_unaligned(record) };
+            return Ok(size_of::<T>() as isize);
+        }
+    }
+}
+
+/// Takes one count from an event counter, waiting for it unless the descriptor is non-blocking.
+fn take_count(fd: RawFd) -> Result<(), Errno> {
+    let mut count = 0_u64;
+    // SAFETY: eight writable bytes for a function of `read`'s type.
+    let taken = unsafe { original::<Read>(&READ, libc::read)(fd, (&raw mut count).cast(), size_of::<u64>()) };
+    match taken {
+        8 => Ok(()),
+        -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        _ => Err(Errno::IO),
+    }
+}
+
+/// `close(2)` as libibverbs calls it.
+unsafe extern "C" fn hooked_close(fd: c_int) -> c_int {
+    // Taken out before it is closed: the number may be another's in the next moment.
+    if let Some((Role::Completion, Owner::Live(device))) = registry::remove(fd) {
+        edge::keeping_errno(|| edge::value((), || device.comp_channel_closed(fd)));
+    }
+    // SAFETY: the caller's own argument for the caller's own function.
+    unsafe { original::<Close>(&CLOSE, libc::close)(fd) }
+}
+
+/// `openat(2)` as libibverbs calls it. It is variadic in C; a fourth argument that was not passed is read as
+/// garbage here and not used by the original either, and the calling conventions of x86-64 and aarch64 Linux pass
+/// both forms alike.
+unsafe extern "C" fn hooked_openat(
+    directory: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: libc::mode_t,
+) -> c_int {
+    let answer = edge::value(None, || {
+        // SAFETY: libibverbs passes a C string.
+        sysfs_file(unsafe { CStr::from_ptr(path) })
+    });
+    let fd = match answer {
+        Some(file) => file.into_raw_fd(),
+        // SAFETY: the caller's own arguments for the caller's own function.
+        None => unsafe { original::<OpenAt>(&OPENAT, openat)(directory, path, flags, mode) },
+    };
+    if fd >= 0 {
+        // An entry of this number is stale, or it could not be new.
+        edge::keeping_errno(|| drop(registry::remove(fd)));
+    }
+    fd
+}
+
+unsafe extern "C" fn openat(
+    directory: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: libc::mode_t,
+) -> c_int {
+    // SAFETY: the caller's own arguments.
+    unsafe { libc::openat(directory, path, flags, mode) }
+}
+
+/// The file that stands for a sysfs file of our device, if the device has something to say.
+fn sysfs_file(path: &CStr) -> Option<OwnedFd> {
+    let file = registry::below_device(path.to_bytes())?;
+    let text = match registry::newest() {
+        Some(device) => device.sysfs(file),
+        None => crate::context::sysfs_before_open(file),
+    }?;
+    let memory = rustix::fs::memfd_create(c"freeflow-sysfs", MemfdFlags::CLOEXEC).ok()?;
+    // By position: the reader starts at 0.
+    let written = rustix::io::pwrite(memory.as_fd(), text.as_bytes(), 0).ok()?;
+    (written == text.len()).then_some(memory)
+}
+
+/// The netlink protocol of RDMA.
+const NETLINK_RDMA: c_int = 20;
+
+/// `nl_connect` of libnl as libibverbs and librdmacm call it.
+unsafe extern "C" fn hooked_nl_connect(socket: *mut c_void, protocol: c_int) -> c_int {
+    edge::value((), || edge::keeping_errno(scan_late_libraries));
+    if protocol == NETLINK_RDMA {
+        return REFUSED;
+    }
+    // SAFETY: the caller's own arguments for the caller's own function.
+    unsafe { original::<NlConnect>(&NL_CONNECT, refuse)(socket, protocol) }
+}
+
+/// libnl's unspecific failure, `-NLE_FAILURE`.
+const REFUSED: c_int = -1;
+
+unsafe extern "C" fn refuse(_socket: *mut c_void, _protocol: c_int) -> c_int {
+    REFUSED
+}
+
+#[cfg(test)]
+mod tests;

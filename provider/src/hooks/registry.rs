@@ -1,0 +1,183 @@
+//! The descriptors of our opened devices, by number: whose they are and what for.
+//!
+//! The hooks look every descriptor up that libibverbs reads, writes or closes, so a look-up is one uncontended
+//! lock and a search. No lock is held while a callback runs. After a fork the child's entries are *inherited*:
+//! their descriptors are the parent's too, and what the parent is told through them is not the child's to take.
+
+use std::cell::UnsafeCell;
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_int};
+use std::mem::ManuallyDrop;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::CommandChannel;
+
+/// What a descriptor of an opened device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// `ibv_context.cmd_fd`.
+    Command,
+    /// `ibv_context.async_fd`.
+    Async,
+    /// `ibv_comp_channel.fd`.
+    Completion,
+}
+
+/// Whose a descriptor is.
+pub(crate) enum Owner {
+    /// A device that this process opened.
+    Live(Arc<dyn CommandChannel>),
+    /// A device that the parent opened before it forked this process.
+    Inherited,
+}
+
+struct Entry {
+    role: Role,
+    generation: u64,
+    /// Dropped only in the process that made it: the drop of an inherited one would speak for the parent.
+    channel: ManuallyDrop<Arc<dyn CommandChannel>>,
+}
+
+impl Entry {
+    fn owner(&self) -> Owner {
+        if self.generation == GENERATION.load(Ordering::Relaxed) {
+            Owner::Live(Arc::clone(&self.channel))
+        } else {
+            Owner::Inherited
+        }
+    }
+
+    fn into_owner(self) -> Owner {
+        if self.generation == GENERATION.load(Ordering::Relaxed) {
+            Owner::Live(ManuallyDrop::into_inner(self.channel))
+        } else {
+            Owner::Inherited
+        }
+    }
+}
+
+struct Registry {
+    descriptors: BTreeMap<RawFd, Entry>,
+    /// The command descriptors of the live devices, oldest first.
+    opened: Vec<RawFd>,
+    /// The sysfs directories of our devices, each with a slash at its end.
+    directories: Vec<CString>,
+}
+
+static REGISTRY: RwLock<Registry> =
+    RwLock::new(Registry { descriptors: BTreeMap::new(), opened: Vec::new(), directories: Vec::new() });
+
+/// How many forks lie between this process and the one that loaded the provider.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+fn read() -> RwLockReadGuard<'static, Registry> {
+    REGISTRY.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write() -> RwLockWriteGuard<'static, Registry> {
+    REGISTRY.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Enters the two descriptors of a newly opened device.
+pub(crate) fn opened(command: RawFd, events: RawFd, channel: &Arc<dyn CommandChannel>) {
+    enter(command, Role::Command, channel);
+    enter(events, Role::Async, channel);
+    write().opened.push(command);
+}
+
+/// Enters a descriptor. An older entry of the same number is stale (closed behind libibverbs' back) and goes.
+pub(crate) fn enter(fd: RawFd, role: Role, channel: &Arc<dyn CommandChannel>) {
+    let generation = GENERATION.load(Ordering::Relaxed);
+    let entry = Entry { role, generation, channel: ManuallyDrop::new(Arc::clone(channel)) };
+    let stale = write().descriptors.insert(fd, entry);
+    drop(stale.map(Entry::into_owner));
+}
+
+/// What this descriptor is, if it is one of ours.
+pub(crate) fn look_up(fd: RawFd) -> Option<(Role, Owner)> {
+    read().descriptors.get(&fd).map(|entry| (entry.role, entry.owner()))
+}
+
+/// Takes a descriptor out; it is about to be closed.
+pub(crate) fn remove(fd: RawFd) -> Option<(Role, Owner)> {
+    if !read().descriptors.contains_key(&fd) {
+        return None;
+    }
+    let mut registry = write();
+    let entry = registry.descriptors.remove(&fd)?;
+    if entry.role == Role::Command {
+        registry.opened.retain(|&command| command != fd);
+    }
+    drop(registry);
+    Some((entry.role, entry.into_owner()))
+}
+
+/// The device opened last of those that are still open.
+pub(crate) fn newest() -> Option<Arc<dyn CommandChannel>> {
+    let registry = read();
+    registry.opened.iter().rev().find_map(|command| match registry.descriptors.get(command)?.owner() {
+        Owner::Live(channel) => Some(channel),
+        Owner::Inherited => None,
+    })
+}
+
+/// Makes the sysfs directory of a device known.
+pub(crate) fn add_directory(path: &[u8]) {
+    let Ok(directory) = CString::new([path, b"/"].concat()) else { return };
+    let mut registry = write();
+    if !registry.directories.contains(&directory) {
+        registry.directories.push(directory);
+    }
+}
+
+/// The part of a path below the sysfs directory of one of our devices.
+pub(crate) fn below_device(path: &[u8]) -> Option<&str> {
+    let registry = read();
+    let mut below = registry.directories.iter().filter_map(|d| path.strip_prefix(d.as_bytes()));
+    std::str::from_utf8(below.next()?).ok()
+}
+
+unsafe extern "C" {
+    fn pthread_atfork(
+        prepare: Option<extern "C" fn()>,
+        parent: Option<extern "C" fn()>,
+        child: Option<extern "C" fn()>,
+    ) -> c_int;
+}
+
+/// Makes the registry survive forks, from now on.
+pub(crate) fn guard_forks() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the handlers have the right type, and this library is never unloaded.
+        unsafe { pthread_atfork(Some(before_fork), Some(after_fork), Some(in_child)) };
+    });
+}
+
+/// The write lock during a fork: so that the child does not inherit it from a thread that it lacks.
+struct Held(UnsafeCell<Option<RwLockWriteGuard<'static, Registry>>>);
+
+// SAFETY: the cell is touched between `before_fork` and the handler after the fork only, by the thread that forks
+// and so holds the registry's write lock, and by its copy in the child.
+unsafe impl Sync for Held {}
+
+static HELD: Held = Held(UnsafeCell::new(None));
+
+extern "C" fn before_fork() {
+    let guard = write();
+    // SAFETY: the write lock is held, see `Held`.
+    unsafe { *HELD.0.get() = Some(guard) }
+}
+
+extern "C" fn after_fork() {
+    // SAFETY: the thread that ran `before_fork` still holds the write lock, see `Held`.
+    let guard = unsafe { (*HELD.0.get()).take() };
+    drop(guard);
+}
+
+extern "C" fn in_child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+    after_fork();
+}
