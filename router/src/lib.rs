@@ -1,4 +1,28 @@
 //! The per-host router.
+//!
+//! ```text
+//! daemon     accepts, waits, ends          session   one connection: order of requests, then their meaning
+//! lane       the data path's thread        identity  who a client is        addresses  its GIDs
+//! arena, region, memory                    what a client shares, and how the engine reaches it
+//! bell       rings clients                 client    asks a running router (command line)
+//! ```
 
+mod addresses;
+mod arena;
+mod bell;
+pub mod client;
 pub mod config;
+pub mod daemon;
+mod descriptor;
+mod guid;
+mod heap;
+mod identity;
+mod lane;
+mod memory;
+mod region;
+mod report;
+mod segment;
+mod session;
+mod signals;
 pub mod status;
+mod throttle;

@@ -1,0 +1,521 @@
+//! The router: one thread that answers every client's requests, one lane that moves the data.
+//!
+//! ```text
+//!   listener, signals, sockets, pidfds --> epoll --> Daemon --> Session --> Client --+
+//!                                                                                    |  lock
+//!   doorbells, timer ---------------------> epoll --> Lane ---------------------> Fabric
+//! ```
+//!
+//! A client ends when its process does or its connection closes, whichever is first.
+//! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{EventfdFlags, Timespec, epoll, eventfd},
+    io::Errno,
+    net::{SocketFlags, accept_with},
+    process::{DumpableBehavior, geteuid, set_dumpable_behavior},
+};
+use verbs_abi::{
+    proto::{Answer, DirectPeer, Limits, Request},
+    shm::arena::{MAX_MR, MAX_QP},
+    verbs::{QpAttrMask, QpState},
+};
+
+use crate::{
+    bell::Ringer,
+    config::Config,
+    guid,
+    lane::Lane,
+    report, segment,
+    session::{Hello, Parting, Session, Step, Terms},
+    signals::Signals,
+    status::Status,
+    throttle::Throttle,
+};
+
+/// PDs of one client.
+const MAX_PD: u32 = 4096;
+/// Entries of a CQ.
+const MAX_CQE: u32 = 1 << 20;
+/// Connections beyond the clients: those that ask for the status, or have not said what they want.
+const STRANGERS: usize = 256;
+/// How long a connection may go without opening a device.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long no connection is taken when there are no descriptors left.
+const RESPITE: Duration = Duration::from_millis(100);
+/// How often a put-off reply is looked at.
+const SOON: Duration = Duration::from_millis(1);
+/// Addresses older than this are read again when a connection is made.
+const ADDRESS_AGE: Duration = Duration::from_secs(1);
+
+const LISTENER: u64 = 0;
+const SIGNALS: u64 = 1;
+const STOP: u64 = 2;
+const LANE_ENDED: u64 = 3;
+/// Tokens from here on are connections: socket `2 * id`, process `2 * id + 1`.
+const FIRST_SESSION: u32 = 2;
+
+/// Why the daemon cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Something that it needs cannot be made.
+    #[error("cannot set up {what}: {source}")]
+    SetUp {
+        /// What it is.
+        what: &'static str,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Waiting for events failed.
+    #[error("cannot wait for clients: {0}")]
+    Wait(#[source] io::Error),
+    /// The data path ended by itself.
+    #[error("the data path stopped working; this is a bug, please report it with the lines above")]
+    LaneEnded,
+}
+
+/// Why the daemon ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By a signal or a [`Stopper`].
+    Told,
+    /// Nobody has used it for as long as the configuration says.
+    Idle,
+}
+
+/// Serves `listener`, a non-blocking `SOCK_SEQPACKET` socket, until told to end or idle for too long.
+///
+/// # Errors
+/// [`DaemonError`]; clients cannot cause one.
+pub fn run(config: &Config, listener: OwnedFd) -> Result<End, DaemonError> {
+    Daemon::new(config, listener)?.run()
+}
+
+/// Ends a daemon from another thread.
+#[derive(Debug)]
+pub struct Stopper(OwnedFd);
+
+impl Stopper {
+    /// Ends it soon.
+    pub fn stop(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Tells the daemon that the lane's thread ended, even by a panic.
+struct LaneEnded(OwnedFd);
+
+impl Drop for LaneEnded {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// The router.
+#[derive(Debug)]
+pub struct Daemon {
+    listener: OwnedFd,
+    epoll: OwnedFd,
+    stop: OwnedFd,
+    lane_ended: OwnedFd,
+    terms: Terms,
+    sessions: BTreeMap<u32, Session>,
+    next_session: u32,
+    clients: usize,
+    max_clients: usize,
+    /// Connections that may not have opened a device, oldest first.
+    strangers: VecDeque<(Instant, u32)>,
+    /// Connections with a reply that was put off.
+    waiting: Vec<u32>,
+    /// No connection is taken before this.
+    respite: Option<Instant>,
+    idle_exit: Option<Duration>,
+    idle_since: Instant,
+    started: Instant,
+    socket: String,
+}
+
+impl Daemon {
+    /// Sets everything up; nothing is served before [`Self::run`].
+    ///
+    /// # Errors
+    /// [`DaemonError::SetUp`].
+    pub fn new(config: &Config, listener: OwnedFd) -> Result<Self, DaemonError> {
+        let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
+        let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(io::Error::from);
+        let lane = Lane::new().map_err(set_up("the data path"))?;
+        let make =
+            || -> io::Result<_> { Ok((epoll::create(epoll::CreateFlags::CLOEXEC)?, event()?, event()?)) };
+        let (epoll, stop, lane_ended) = make().map_err(set_up("event handling"))?;
+        let watch = |file: &OwnedFd, token| watch(&epoll, file, token, epoll::EventFlags::IN);
+        watch(&listener, LISTENER)
+            .and_then(|()| watch(&stop, STOP))
+            .and_then(|()| watch(&lane_ended, LANE_ENDED))
+            .map_err(set_up("event handling"))?;
+        let now = Instant::now();
+        Ok(Self {
+            listener,
+            epoll,
+            stop,
+            lane_ended,
+            terms: terms(config, lane),
+            sessions: BTreeMap::new(),
+            next_session: FIRST_SESSION,
+            clients: 0,
+            max_clients: config.limits.clients as usize,
+            strangers: VecDeque::new(),
+            waiting: Vec::new(),
+            respite: None,
+            idle_exit: config.idle_exit(),
+            idle_since: now,
+            started: now,
+            socket: config.socket.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
+        })
+    }
+
+    /// Something with which another thread ends [`Self::run`].
+    ///
+    /// # Errors
+    /// [`DaemonError::SetUp`] without a free descriptor.
+    pub fn stopper(&self) -> Result<Stopper, DaemonError> {
+        let stop = self.stop.try_clone();
+        Ok(Stopper(stop.map_err(|source| DaemonError::SetUp { what: "event handling", source })?))
+    }
+
+    /// Serves until told to end or idle for too long. Memory of clients passes through this process, so from
+    /// here on it leaves no core dumps and cannot be traced by its user's other processes.
+    ///
+    /// # Errors
+    /// [`DaemonError`].
+    pub fn run(mut self) -> Result<End, DaemonError> {
+        let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
+        set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|e| set_up("privacy")(e.into()))?;
+        let signals = Signals::block().map_err(set_up("signals"))?;
+        watch(&self.epoll, &signals, SIGNALS, epoll::EventFlags::IN).map_err(set_up("signals"))?;
+        let ended = self.lane_ended.try_clone().map(LaneEnded).map_err(set_up("the data path"))?;
+        let thread = self.terms.lane.start(ended).map_err(set_up("the data path"))?;
+        let result = self.serve(&signals);
+        self.sessions.clear();
+        self.finish(thread);
+        result
+    }
+
+    fn finish(&self, thread: JoinHandle<()>) {
+        self.terms.lane.stop();
+        if thread.join().is_err() {
+            tracing::error!("the lane panicked");
+        }
+    }
+
+    fn serve(&mut self, signals: &Signals) -> Result<End, DaemonError> {
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
+        loop {
+            let timeout = self.timeout();
+            let count = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+                Ok(count) => count,
+                Err(Errno::INTR) => 0,
+                Err(error) => return Err(DaemonError::Wait(error.into())),
+            };
+            for event in &events[..count] {
+                match event.data.u64() {
+                    LISTENER => self.accept(),
+                    SIGNALS => {
+                        signals.take();
+                        return Ok(End::Told);
+                    }
+                    STOP => return Ok(End::Told),
+                    LANE_ENDED => return Err(DaemonError::LaneEnded),
+                    token => self.attend(token, event.flags),
+                }
+            }
+            self.resume();
+            self.expire();
+            if self.idle_left() == Some(Duration::ZERO) {
+                return Ok(End::Idle);
+            }
+        }
+    }
+
+    /// How long nothing has to be done by itself.
+    fn timeout(&self) -> Option<Timespec> {
+        let now = Instant::now();
+        let until = |moment: Instant| moment.saturating_duration_since(now);
+        let waiting = (!self.waiting.is_empty()).then_some(SOON);
+        let stranger = self.strangers.front().map(|(since, _)| until(*since + SILENCE));
+        let earliest =
+            [waiting, stranger, self.respite.map(until), self.idle_left()].into_iter().flatten().min()?;
+        // Rounded up to what epoll can wait, lest it be asked again and again for the last microseconds.
+        let earliest = earliest + Duration::from_millis(1);
+        Some(Timespec { tv_sec: earliest.as_secs() as i64, tv_nsec: i64::from(earliest.subsec_nanos()) })
+    }
+
+    /// How long this router may stay without a client.
+    fn idle_left(&self) -> Option<Duration> {
+        let limit = self.idle_exit.filter(|_| self.clients == 0)?;
+        Some(limit.saturating_sub(self.idle_since.elapsed()))
+    }
+
+    fn accept(&mut self) {
+        match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => {
+                if let Err(error) = self.admit(socket) {
+                    complain("a connection was refused", 0, &error);
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            Err(error) => {
+                complain("no connection can be taken for a moment; raise the limit of open files", 0, &error);
+                self.respite = Some(Instant::now() + RESPITE);
+                self.listen(false);
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
+        if self.sessions.len() >= self.max_clients.saturating_add(STRANGERS) {
+            return Err(io::Error::other("too many connections; raise limits.clients"));
+        }
+        let session = Session::new(socket)?;
+        let id = self.next_session;
+        self.next_session =
+            id.checked_add(1).ok_or_else(|| io::Error::other("out of numbers; restart the router"))?;
+        let token = u64::from(id) * 2;
+        watch(&self.epoll, &session, token, epoll::EventFlags::IN | epoll::EventFlags::RDHUP)?;
+        if let Some(process) = session.peer().pidfd() {
+            watch(&self.epoll, process, token + 1, epoll::EventFlags::IN)?;
+        }
+        self.strangers.push_back((Instant::now(), id));
+        self.sessions.insert(id, session);
+        Ok(())
+    }
+
+    /// Whether new connections are taken.
+    fn listen(&self, on: bool) {
+        let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        let data = epoll::EventData::new_u64(LISTENER);
+        if let Err(error) = epoll::modify(&self.epoll, &self.listener, data, flags) {
+            tracing::error!(%error, "cannot change what is waited for");
+        }
+    }
+
+    /// Something happened at a connection or to its process.
+    fn attend(&mut self, token: u64, flags: epoll::EventFlags) {
+        let id = (token / 2) as u32;
+        let gone = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
+        let outcome = if token % 2 == 1 {
+            Err(Parting::Died)
+        } else if flags.intersects(gone) {
+            Err(Parting::Left)
+        } else {
+            self.converse(id)
+        };
+        if let Err(parting) = outcome {
+            self.part(id, &parting);
+        }
+    }
+
+    /// One request of a connection.
+    fn converse(&mut self, id: u32) -> Result<(), Parting> {
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        let Some((request, fds)) = session.receive()? else { return Ok(()) };
+        match request {
+            Request::Status => self.tell(id),
+            Request::Hello { version, mode } => self.open(id, Hello { id, version, mode, fds }),
+            request => {
+                if connects(&request) {
+                    self.refresh_gids();
+                }
+                let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+                let step = session.handle(request, fds)?;
+                self.conclude(id, step, true)
+            }
+        }
+    }
+
+    fn open(&mut self, id: u32, hello: Hello) -> Result<(), Parting> {
+        let full = self.clients >= self.max_clients;
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        if full {
+            complain(
+                "a device was not opened",
+                session.peer().pid,
+                &"too many clients; raise limits.clients",
+            );
+            return session.send(&Err(Errno::USERS.raw_os_error()), &[]);
+        }
+        let outcome = session.hello(&self.terms, hello);
+        if let Some(client) = session.client() {
+            self.clients += 1;
+            tracing::debug!(
+                client = client.id(),
+                pid = session.peer().pid,
+                uid = session.peer().uid,
+                "opened"
+            );
+        }
+        outcome
+    }
+
+    /// Acts on how far a request has come. `first`: it was not put off yet.
+    fn conclude(&mut self, id: u32, step: Step, first: bool) -> Result<(), Parting> {
+        match step {
+            Step::Later if first => {
+                self.waiting.push(id);
+                self.listen_to(id, false);
+                Ok(())
+            }
+            Step::Later => Ok(()),
+            Step::Done(reply) => self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[])),
+            Step::Direct(peer, recv_cq) => self.introduce(id, peer, recv_cq),
+        }
+    }
+
+    /// Gives a client what it needs to reach its direct peer.
+    fn introduce(&self, id: u32, peer: DirectPeer, recv_cq: u32) -> Result<(), Parting> {
+        let Some(session) = self.sessions.get(&id) else { return Ok(()) };
+        let other = self.sessions.get(&peer.client).and_then(Session::client);
+        // Ended in this very moment: an unanswered peer, as on a wire.
+        let Some(other) = other else { return session.send(&Ok(Answer::Done), &[]) };
+        session.send(&Ok(Answer::Direct(peer)), &other.direct_files(recv_cq))
+    }
+
+    /// Takes requests from a connection, or leaves them in its socket.
+    fn listen_to(&self, id: u32, on: bool) {
+        let Some(session) = self.sessions.get(&id) else { return };
+        let input = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        let data = epoll::EventData::new_u64(u64::from(id) * 2);
+        if let Err(error) = epoll::modify(&self.epoll, session, data, input | epoll::EventFlags::RDHUP) {
+            tracing::error!(%error, "cannot change what is waited for");
+        }
+    }
+
+    /// Looks at the replies that were put off.
+    fn resume(&mut self) {
+        for id in std::mem::take(&mut self.waiting) {
+            match self.sessions.get_mut(&id).and_then(Session::resume) {
+                None => {}
+                Some(Step::Later) => self.waiting.push(id),
+                Some(step) => {
+                    self.listen_to(id, true);
+                    if let Err(parting) = self.conclude(id, step, false) {
+                        self.part(id, &parting);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What time brings: connections that never said anything, descriptors that may be free again.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        while let Some((since, id)) = self.strangers.front().copied() {
+            let silent = self.sessions.get(&id).is_some_and(|session| session.client().is_none());
+            if silent && now < since + SILENCE {
+                break;
+            }
+            self.strangers.pop_front();
+            if silent {
+                self.part(id, &Parting::Silent);
+            }
+        }
+        if self.respite.is_some_and(|until| until <= now) {
+            self.respite = None;
+            self.listen(true);
+        }
+    }
+
+    /// Ends a connection and the device it opened.
+    fn part(&mut self, id: u32, parting: &Parting) {
+        let Some(session) = self.sessions.remove(&id) else { return };
+        let pid = session.peer().pid;
+        if parting.is_fault() {
+            complain("a client was dropped", pid, parting);
+        }
+        if let Some(client) = session.client() {
+            self.clients -= 1;
+            self.idle_since = Instant::now();
+            tracing::debug!(client = client.id(), pid, %parting, "ended");
+        }
+        // A copy of the descriptors may live in another process, and then closing ours would not end the watch.
+        let _ = epoll::delete(&self.epoll, &session);
+        if let Some(process) = session.peer().pidfd() {
+            let _ = epoll::delete(&self.epoll, process);
+        }
+    }
+
+    /// Reads the addresses of clients again that were not read for a while.
+    fn refresh_gids(&mut self) {
+        self.sessions.values_mut().for_each(|session| session.refresh_gids(ADDRESS_AGE));
+    }
+
+    /// Answers [`Request::Status`]. Root and this router's own user see everybody, others their own clients.
+    fn tell(&self, id: u32) -> Result<(), Parting> {
+        let Some(session) = self.sessions.get(&id) else { return Ok(()) };
+        let asker = session.peer().uid;
+        let trusted = asker == 0 || asker == geteuid().as_raw();
+        let mut status = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            socket: self.socket.clone(),
+            ..Status::default()
+        };
+        let snapshot = self.terms.lane.with(|fabric| fabric.snapshot());
+        let sleeps = self.terms.lane.sleeps();
+        report::fill(&mut status, self.sessions.values(), &snapshot, sleeps, |uid| trusted || uid == asker);
+        let text = serde_json::to_vec(&status).unwrap_or_default();
+        match segment::holding(c"freeflow-status", &text) {
+            Ok(file) => session.send(&Ok(Answer::Done), &[file.as_fd()]),
+            Err(error) => {
+                session.send(&Err(error.raw_os_error().unwrap_or(Errno::NOMEM.raw_os_error())), &[])
+            }
+        }
+    }
+}
+
+/// Whether a request makes a connection, for which the addresses of both ends must be those of now.
+fn connects(request: &Request) -> bool {
+    matches!(request, Request::ModifyQp { mask, attr, .. }
+        if mask & QpAttrMask::STATE.bits() != 0 && attr.qp_state == QpState::Rtr.value())
+}
+
+fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags) -> io::Result<()> {
+    Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
+}
+
+fn terms(config: &Config, lane: Arc<Lane>) -> Terms {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Terms {
+        lane,
+        ringer: Ringer::new(),
+        limits: Limits {
+            max_qp: config.limits.qps.min(MAX_QP),
+            max_cq: config.limits.cqs,
+            max_mr: config.limits.mrs.min(MAX_MR - 1),
+            max_pd: MAX_PD,
+            max_cqe: MAX_CQE,
+        },
+        memory: config.limits.memory,
+        direct: config.direct,
+        guid: guid::of_this_host(),
+        cores: u32::try_from(cores).unwrap_or(u32::MAX),
+    }
+}
+
+/// A line that a client can cause.
+fn complain(what: &'static str, pid: u32, why: &impl std::fmt::Display) {
+    static COMPLAINTS: Throttle = Throttle::new();
+    if let Some(suppressed) = COMPLAINTS.admit() {
+        tracing::warn!(pid, %why, suppressed, "{what}");
+    }
+}

@@ -1,0 +1,72 @@
+//! The words of `freeflow status`, collected.
+
+use std::collections::HashMap;
+
+use engine::QpSnapshot;
+use verbs_abi::verbs::QpType;
+
+use crate::{
+    addresses,
+    session::{Session, mode_name},
+    status::{Client, Counters, Lane, Qp},
+};
+
+/// The clients, lanes and QPs of a snapshot. `see` says of which users the asker may know.
+pub(crate) fn fill<'a>(
+    status: &mut crate::status::Status,
+    sessions: impl Iterator<Item = &'a Session>,
+    snapshot: &[QpSnapshot],
+    sleeps: u64,
+    see: impl Fn(u32) -> bool,
+) {
+    let work_requests = snapshot.iter().map(|qp| qp.messages).sum();
+    status.lanes = vec![Lane { id: 0, work_requests, sleeps }];
+    let mut totals = HashMap::<u64, Counters>::new();
+    let qps: Vec<Qp> = snapshot.iter().map(queue_pair).collect();
+    for qp in &qps {
+        add(totals.entry(qp.client).or_default(), &qp.counters);
+    }
+    let seen = sessions.filter(|session| see(session.peer().uid));
+    status.clients = seen
+        .filter_map(|session| {
+            let (pid, uid) = (session.peer().pid, session.peer().uid);
+            let client = session.client()?.status();
+            let counters = totals.get(&client.id).copied().unwrap_or_default();
+            Some(Client { pid, uid, counters, ..client })
+        })
+        .collect();
+    let known = |qp: &Qp| status.clients.iter().any(|client| client.id == qp.client);
+    status.qps = qps.into_iter().filter(known).collect();
+    status.qps.sort_by_key(|qp| qp.qpn);
+}
+
+fn queue_pair(qp: &QpSnapshot) -> Qp {
+    let connected = qp.peer_qpn != 0;
+    let transport = QpType::try_from(qp.qp_type).map_or("?", QpType::name);
+    Qp {
+        qpn: qp.qpn,
+        client: u64::from(qp.client),
+        transport: transport.to_owned(),
+        state: qp.state.name().to_owned(),
+        peer_gid: connected.then(|| addresses::text(&qp.peer_gid)),
+        peer_qpn: connected.then_some(qp.peer_qpn),
+        mode: mode_name(qp.mode).to_owned(),
+        counters: Counters {
+            tx_messages: qp.messages,
+            tx_bytes: qp.bytes,
+            rnr_naks: qp.rnr_naks,
+            retries: qp.timeouts,
+            ..Counters::default()
+        },
+    }
+}
+
+fn add(total: &mut Counters, one: &Counters) {
+    total.tx_messages += one.tx_messages;
+    total.tx_bytes += one.tx_bytes;
+    total.rx_messages += one.rx_messages;
+    total.rx_bytes += one.rx_bytes;
+    total.rnr_naks += one.rnr_naks;
+    total.retries += one.retries;
+    total.errors += one.errors;
+}

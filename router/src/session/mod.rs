@@ -1,0 +1,176 @@
+//! One connection: who is at its other end, what it asks, when it ends.
+//!
+//! The order of things is kept here: [`Request::Hello`] first and once, one reply to each request, descriptors
+//! only where the protocol has them. Leaves to others: what requests mean (`client` and its siblings), which
+//! connections there are (the daemon).
+
+mod client;
+mod keys;
+mod mr;
+mod queues;
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use verbs_abi::proto::{Endpoint, ProtoError, Reply, Request};
+
+use crate::identity::Peer;
+
+pub(crate) use client::{Client, Hello, Terms, mode_name};
+
+/// How long the reply to a request may be put off because a direct peer is in the middle of something.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Why a connection ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Parting {
+    /// The client closed it.
+    #[error("closed")]
+    Left,
+    /// The client's process ended.
+    #[error("its process ended")]
+    Died,
+    /// It did not open a device in time.
+    #[error("it asked for nothing")]
+    Silent,
+    /// What came is not a message.
+    #[error("protocol violation: {0}")]
+    Message(ProtoError),
+    /// A message that is not allowed here.
+    #[error("protocol violation: {0}")]
+    Order(&'static str),
+    /// A descriptor too many or too few.
+    #[error("protocol violation: {0} descriptors with a request")]
+    Descriptors(usize),
+    /// It does not take its replies.
+    #[error("a reply could not be sent: {0}")]
+    Unread(ProtoError),
+}
+
+impl Parting {
+    /// Whether the client is to blame.
+    pub(crate) fn is_fault(&self) -> bool {
+        !matches!(self, Self::Left | Self::Died)
+    }
+}
+
+/// How far the answer to a request has come.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// Here it is.
+    Done(Reply),
+    /// A direct connection: the peer, and its receive CQ, whose descriptors only the daemon can find.
+    Direct(verbs_abi::proto::DirectPeer, u32),
+    /// Ask again soon.
+    Later,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) struct Session {
+    endpoint: Endpoint,
+    peer: Peer,
+    /// The device it opened.
+    client: Option<Client>,
+    /// A request whose reply is put off, and until when.
+    pending: Option<(Request, Instant)>,
+}
+
+impl Session {
+    /// A fresh connection, whose socket does not block.
+    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+        let peer = Peer::of(&socket)?;
+        Ok(Self { endpoint: Endpoint::new(socket), peer, client: None, pending: None })
+    }
+
+    /// Who is there.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// The device it opened.
+    pub(crate) fn client(&self) -> Option<&Client> {
+        self.client.as_ref()
+    }
+
+    /// Reads the addresses of its device again if they are older than `age`.
+    pub(crate) fn refresh_gids(&mut self, age: Duration) {
+        if let Some(client) = self.client.as_mut() {
+            client.refresh_gids(&self.peer, age);
+        }
+    }
+
+    /// The next request, if one is there, with as many descriptors as it must have.
+    pub(crate) fn receive(&self) -> Result<Option<(Request, Vec<OwnedFd>)>, Parting> {
+        let (request, fds) = match self.endpoint.recv::<Request>() {
+            Ok(received) => received,
+            Err(ProtoError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(ProtoError::Closed) => return Err(Parting::Left),
+            Err(error) => return Err(Parting::Message(error)),
+        };
+        let right = match request {
+            Request::Hello { .. } => matches!(fds.len(), 1 | 2),
+            Request::CreateChannel => fds.len() == 1,
+            _ => fds.is_empty(),
+        };
+        match (&request, self.client.is_some()) {
+            _ if !right => Err(Parting::Descriptors(fds.len())),
+            (Request::Hello { .. }, true) => Err(Parting::Order("a second Hello")),
+            (Request::Hello { .. } | Request::Status, _) | (_, true) => Ok(Some((request, fds))),
+            (_, false) => Err(Parting::Order("a request before Hello")),
+        }
+    }
+
+    /// Opens the device and answers.
+    pub(crate) fn hello(&mut self, terms: &Terms, hello: Hello) -> Result<(), Parting> {
+        match Client::open(terms, &self.peer, hello) {
+            Ok((client, welcome)) => {
+                let sent = self.send(&Ok(verbs_abi::proto::Answer::Hello(welcome)), &client.welcome_files());
+                self.client = Some(client);
+                sent
+            }
+            Err(errno) => self.send(&Err(errno), &[]),
+        }
+    }
+
+    /// Takes a request of an opened device a step further. [`Step::Later`]: call [`Self::resume`] soon.
+    pub(crate) fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Step, Parting> {
+        let Some(client) = self.client.as_mut() else {
+            return Err(Parting::Order("a request before Hello"));
+        };
+        let step = client.answer(&request, fds, &self.peer, false);
+        if matches!(step, Step::Later) {
+            self.pending = Some((request, Instant::now() + PATIENCE));
+        }
+        Ok(step)
+    }
+
+    /// Tries the request that was put off again; its time is bounded, whatever the other end does.
+    pub(crate) fn resume(&mut self) -> Option<Step> {
+        let (request, until) = self.pending.take()?;
+        let client = self.client.as_mut()?;
+        let step = client.answer(&request, Vec::new(), &self.peer, Instant::now() >= until);
+        if matches!(step, Step::Later) {
+            self.pending = Some((request, until));
+        }
+        Some(step)
+    }
+
+    /// Sends a reply. A client that lets its replies pile up is not waited for.
+    pub(crate) fn send(&self, reply: &Reply, fds: &[BorrowedFd<'_>]) -> Result<(), Parting> {
+        match self.endpoint.send(reply, fds) {
+            Ok(()) => Ok(()),
+            Err(ProtoError::Closed) => Err(Parting::Left),
+            Err(error) => Err(Parting::Unread(error)),
+        }
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.endpoint.as_fd()
+    }
+}

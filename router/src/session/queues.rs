@@ -1,0 +1,166 @@
+//! CQs and QPs: their places in the arena, their quotas, and the verbs that the fabric carries out.
+
+use std::sync::Arc;
+
+use engine::{Bell, QpInit};
+use rustix::io::Errno;
+use verbs_abi::{
+    proto::{Answer, CreateQp, QpAttr, Reply},
+    shm::{
+        cq::{CQ_LEN, CqArea},
+        queue::{Geometry, QueueArea},
+    },
+    verbs::{QpAttrMask, QpState},
+};
+
+use super::{
+    Step,
+    client::{Client, errno},
+};
+use crate::arena::Place;
+
+/// A CQ.
+#[derive(Debug)]
+pub(super) struct Cq {
+    place: Place,
+    pub(super) channel: Option<u32>,
+}
+
+/// A QP.
+#[derive(Debug)]
+pub(super) struct Qp {
+    place: Place,
+    pd: u32,
+}
+
+impl Client {
+    pub(super) fn create_cq(&mut self, cqe: u32, channel: Option<u32>) -> Reply {
+        if cqe == 0 || cqe > self.limits.max_cqe {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        if self.cqs.len() >= self.limits.max_cq as usize {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let bell = match channel.map(|channel| self.channels.get(&channel)) {
+            None => None,
+            Some(Some(channel)) => Some(Arc::clone(&channel.bell) as Arc<dyn Bell>),
+            Some(None) => return Err(Errno::INVAL.raw_os_error()),
+        };
+        let (place, window) = self.arena.place(CQ_LEN).map_err(|error| errno(&error))?;
+        let area = CqArea::new(&window, 0).ok_or(Errno::NOMEM.raw_os_error());
+        let made = area
+            .and_then(|area| self.lane.with(|fabric| fabric.create_cq(self.id, area, place.offset, bell)));
+        let cq = match made {
+            Ok(cq) => cq,
+            Err(errno) => {
+                self.arena.release(place);
+                return Err(errno);
+            }
+        };
+        self.use_channel(channel, true);
+        self.cqs.insert(cq, Cq { place, channel });
+        Ok(Answer::Cq { cq, cqe, offset: place.offset })
+    }
+
+    pub(super) fn destroy_cq(&mut self, cq: u32) -> Reply {
+        if !self.cqs.contains_key(&cq) {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        self.lane.with(|fabric| fabric.destroy_cq(self.id, cq))?;
+        if let Some(cq) = self.cqs.remove(&cq) {
+            self.arena.release(cq.place);
+            self.use_channel(cq.channel, false);
+        }
+        Ok(Answer::Done)
+    }
+
+    fn use_channel(&mut self, channel: Option<u32>, more: bool) {
+        if let Some(channel) = channel.and_then(|channel| self.channels.get_mut(&channel)) {
+            channel.users = if more { channel.users + 1 } else { channel.users - 1 };
+        }
+    }
+
+    pub(super) fn create_qp(&mut self, create: &CreateQp) -> Reply {
+        let known = self.pds.contains_key(&create.pd)
+            && self.cqs.contains_key(&create.send_cq)
+            && self.cqs.contains_key(&create.recv_cq);
+        let cap = &create.cap;
+        let geometry = Geometry::new(
+            cap.max_send_wr,
+            cap.max_recv_wr,
+            cap.max_send_sge,
+            cap.max_recv_sge,
+            cap.max_inline_data,
+        );
+        let (true, Some(geometry)) = (known, geometry) else { return Err(Errno::INVAL.raw_os_error()) };
+        if self.qps.len() >= self.limits.max_qp as usize {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let (place, window) = self.arena.place(geometry.len()).map_err(|error| errno(&error))?;
+        let area = QueueArea::new(&window, 0, geometry).ok_or(Errno::NOMEM.raw_os_error());
+        let made = area.and_then(|area| {
+            let init = QpInit { create: *create, geometry, area, offset: place.offset };
+            self.lane.with(|fabric| fabric.create_qp(self.id, init))
+        });
+        let qp = match made {
+            Ok(qp) => qp,
+            Err(errno) => {
+                self.arena.release(place);
+                return Err(errno);
+            }
+        };
+        self.use_pd(create.pd, true);
+        self.qps.insert(qp.qpn, Qp { place, pd: create.pd });
+        Ok(Answer::Qp(qp))
+    }
+
+    pub(super) fn modify_qp(&mut self, qpn: u32, mask: u32, attr: &QpAttr, last: bool) -> Step {
+        if !self.qps.contains_key(&qpn) {
+            return Step::Done(Err(Errno::INVAL.raw_os_error()));
+        }
+        let ends = mask & QpAttrMask::STATE.bits() != 0
+            && [QpState::Reset.value(), QpState::Err.value()].contains(&attr.qp_state);
+        let modified = self.lane.with(|fabric| {
+            let free = !ends || fabric.seize(self.id, qpn);
+            (free || last).then(|| fabric.modify_qp(self.id, qpn, mask, attr))
+        });
+        match modified {
+            None => Step::Later,
+            Some(Err(errno)) => Step::Done(Err(errno)),
+            Some(Ok(modified)) => match modified.direct {
+                Some((peer, recv_cq)) => Step::Direct(peer, recv_cq),
+                None => Step::Done(Ok(Answer::Done)),
+            },
+        }
+    }
+
+    pub(super) fn query_qp(&self, qpn: u32) -> Reply {
+        if !self.qps.contains_key(&qpn) {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        self.lane.with(|fabric| fabric.query_qp(self.id, qpn)).map(Answer::Attr)
+    }
+
+    pub(super) fn destroy_qp(&mut self, qpn: u32, last: bool) -> Step {
+        if !self.qps.contains_key(&qpn) {
+            return Step::Done(Err(Errno::INVAL.raw_os_error()));
+        }
+        let (free, destroyed) = self.lane.with(|fabric| {
+            let free = fabric.seize(self.id, qpn);
+            (free, (free || last).then(|| fabric.destroy_qp(self.id, qpn)))
+        });
+        match destroyed {
+            None => return Step::Later,
+            Some(Err(errno)) => return Step::Done(Err(errno)),
+            Some(Ok(_)) => {}
+        }
+        if let Some(qp) = self.qps.remove(&qpn) {
+            // A peer that was stopped in the middle may still write there: that room is never used again.
+            if free {
+                self.arena.release(qp.place);
+            }
+            self.use_pd(qp.pd, false);
+        }
+        Step::Done(Ok(Answer::Done))
+    }
+}
