@@ -1,66 +1,128 @@
-//! An opened device: one client of the router.
+//! An opened device: one client of the router, and what all its objects share.
+//!
+//! Objects of verbs live in their own modules and hold what their data path needs; this is where they find the
+//! rest.
 
-use std::ffi::c_char;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::env;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, OnceLock};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use verbs_abi::ffi::ibv_device_attr;
+use rustix::fs::{Mode as FileMode, OFlags};
 use verbs_abi::ffi_private::{AsyncEventDesc, CompEventDesc};
+use verbs_abi::proto::{Answer, Mode, Request, Welcome};
+use verbs_abi::shm::doorbell::Doorbells;
+use verbs_abi::shm::events::EventReader;
+use verbs_abi::shm::lane::LanePage;
+use verbs_abi::shm::{LAYOUT_VERSION, PAGE, Window, arena};
+use verbs_abi::verbs::EventType;
 
 use crate::abi::edge::Errno;
+use crate::bell::Bell;
+use crate::direct::Peers;
+pub(crate) use crate::error::OpenError;
+use crate::event::{AsyncEvents, Channels};
+use crate::gid::GidTable;
+use crate::health::Health;
 use crate::hooks::CommandChannel;
-
-/// Why a device cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum OpenError {
-    /// Nobody listens where the router should.
-    #[error(
-        "no router answers at {} ({errno}). Start one with `freeflow router`, run the program by `freeflow run`, \
-         or name the router's socket in FREEFLOW_SOCKET",
-        path.display()
-    )]
-    NoRouter { path: PathBuf, errno: Errno },
-}
-
-impl OpenError {
-    /// What C is told.
-    pub(crate) fn errno(&self) -> Errno {
-        match self {
-            OpenError::NoRouter { .. } => Errno::NODEV,
-        }
-    }
-}
+use crate::log::{self, Level};
+use crate::memory::Mover;
+use crate::router_link::{RouterLink, above_stdio};
+use crate::watch;
 
 /// An opened device.
 #[derive(Debug)]
 pub(crate) struct Context {
-    _router: OwnedFd,
+    /// The connection to the router.
+    pub(crate) link: RouterLink,
+    /// What the router said at the start.
+    pub(crate) welcome: Welcome,
+    /// The client's shared memory: queues, CQs, keys.
+    pub(crate) arena: Window,
+    /// Moves registered memory to where the router reaches it.
+    pub(crate) mover: Mover,
+    /// Tells the router of new work.
+    pub(crate) bell: Arc<Bell>,
+    /// The completion channels.
+    pub(crate) channels: Channels,
+    /// The async events, and the objects they can be about.
+    pub(crate) events: AsyncEvents,
+    /// The clients whose QPs this one executes on directly.
+    pub(crate) peers: Peers,
+    gids: GidTable,
+    watched: OnceLock<watch::Ticket>,
 }
 
 /// Opens the device of this name; `events` is its async descriptor, one count an event.
-pub(crate) fn open(_name: &str, _events: BorrowedFd<'_>) -> Result<Arc<Context>, OpenError> {
-    let path = socket_path();
-    match connect(&path) {
-        Ok(router) => Ok(Arc::new(Context { _router: router })),
-        Err(errno) => Err(OpenError::NoRouter { path, errno }),
+pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, OpenError> {
+    let health = Arc::new(Health::new().map_err(failure("watch for forks"))?);
+    let link = RouterLink::connect(Arc::clone(&health))?;
+    let (welcome, fds) = greet(&link, events)?;
+    let [arena, region, lane, wake] = fds;
+    let arena = map(arena, arena::ARENA_LEN, true)?;
+    if !arena::is_known(&arena) {
+        return Err(OpenError::Version { path: link.path().to_owned() });
+    }
+    let lane = LanePage::new(map(lane, PAGE, false)?);
+    let known = "arena::is_known checks the length";
+    let doorbells = Doorbells::new(&arena).expect(known);
+    let router_events = EventReader::new(&arena).expect(known);
+    let counter = events.try_clone_to_owned().map_err(failure("copy the async descriptor"))?;
+    let context = Arc::new(Context {
+        mover: Mover::new(region).map_err(failure("move memory"))?,
+        bell: Arc::new(Bell::new(doorbells, lane, wake, welcome.cores, health)),
+        channels: Channels::default(),
+        events: AsyncEvents::new(counter, router_events),
+        peers: Peers::default(),
+        gids: GidTable::default(),
+        watched: OnceLock::new(),
+        link,
+        welcome,
+        arena,
+    });
+    match watch::add(&context, context.link.fd()) {
+        Ok(ticket) => {
+            let _ = context.watched.set(ticket);
+        }
+        // Everything works but hearing of the router's death while asleep.
+        Err(error) => log::say(Level::Warn, format_args!("cannot start a thread: {error}")),
+    }
+    Ok(context)
+}
+
+/// Introduces this process to the router.
+fn greet(link: &RouterLink, events: BorrowedFd<'_>) -> Result<(Welcome, [OwnedFd; 4]), OpenError> {
+    let hello = Request::Hello { version: LAYOUT_VERSION, mode: wanted_mode() };
+    // The router can open it where it may trace us; where not, it needs ours.
+    let memory = rustix::fs::open(c"/proc/self/mem", OFlags::RDWR | OFlags::CLOEXEC, FileMode::empty());
+    let fds: Vec<_> = [Some(events), memory.as_ref().ok().map(AsFd::as_fd)].into_iter().flatten().collect();
+    let (answer, fds) = link.hello(&hello, &fds)?;
+    let fds: Result<Vec<_>, _> = fds.into_iter().map(above_stdio).collect();
+    let fds = fds.map_err(io::Error::from).map_err(failure("keep the router's descriptors"))?;
+    match (answer, <[OwnedFd; 4]>::try_from(fds)) {
+        (Answer::Hello(welcome), Ok(fds)) => Ok((welcome, fds)),
+        _ => Err(OpenError::Version { path: link.path().to_owned() }),
     }
 }
 
-fn connect(path: &PathBuf) -> Result<OwnedFd, Errno> {
-    let kind = SocketType::SEQPACKET;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
+/// The mode that the user asks for. An unknown word is said and then ignored.
+fn wanted_mode() -> Mode {
+    match env::var("FREEFLOW_MODE").as_deref() {
+        Ok("direct") => Mode::Direct,
+        Ok("isolated" | "") | Err(_) => Mode::Isolated,
+        Ok(word) => {
+            log::say(Level::Warn, format_args!("FREEFLOW_MODE is {word:?}; use `isolated` or `direct`"));
+            Mode::Isolated
+        }
+    }
 }
 
-fn socket_path() -> PathBuf {
-    if let Some(path) = std::env::var_os("FREEFLOW_SOCKET") {
-        return path.into();
-    }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|_| !rustix::process::geteuid().is_root());
-    runtime.map_or_else(|| PathBuf::from("/run"), PathBuf::from).join("freeflow/router.sock")
+fn map(fd: OwnedFd, len: usize, writable: bool) -> Result<Window, OpenError> {
+    Window::map(fd, 0, len, writable).map_err(failure("map the router's memory"))
+}
+
+fn failure(what: &'static str) -> impl Fn(io::Error) -> OpenError {
+    move |source| OpenError::System { what, source }
 }
 
 /// What a sysfs file of the device says while no device is open; `None` to let the file itself answer.
@@ -74,37 +136,56 @@ impl Context {
         1
     }
 
-    /// Fills in the device's attributes.
-    pub(crate) fn describe(&self, attributes: &mut ibv_device_attr) {
-        for (to, &from) in attributes.fw_ver.iter_mut().zip(env!("CARGO_PKG_VERSION").as_bytes()) {
-            *to = from as c_char;
+    /// The device's health.
+    pub(crate) fn health(&self) -> &Health {
+        self.bell.health()
+    }
+
+    /// The router is gone: says so to whoever waits. What is outstanding is flushed when it is polled for.
+    pub(crate) fn router_died(&self) {
+        if !self.health().mark_dead() {
+            return;
         }
-        attributes.max_mr_size = u64::MAX;
-        attributes.page_size_cap = 4096;
-        attributes.max_pkeys = 1;
-        attributes.phys_port_cnt = 1;
+        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
+        self.events.raise(EventType::DeviceFatal, 0);
+        self.channels.wake_all();
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.watched.take() {
+            watch::remove(ticket);
+        }
+        // A QP that was never destroyed and its CQs refer to each other.
+        let abandoned = std::mem::take(&mut *self.events.elements());
+        for qp in abandoned.qps.values() {
+            qp.detach();
+        }
     }
 }
 
 impl CommandChannel for Context {
-    fn comp_channel_created(&self, _fd: RawFd) -> Result<(), Errno> {
+    fn comp_channel_created(&self, fd: RawFd) -> Result<(), Errno> {
+        self.health().check_owner()?;
+        self.channels.add(fd);
         Ok(())
     }
 
-    fn comp_channel_closed(&self, _fd: RawFd) {}
+    fn comp_channel_closed(&self, fd: RawFd) {
+        self.channels.remove(&self.link, fd);
+    }
 
-    fn next_comp_event(&self, _fd: RawFd) -> Result<Option<CompEventDesc>, Errno> {
-        Ok(None)
+    fn next_comp_event(&self, fd: RawFd) -> Result<Option<CompEventDesc>, Errno> {
+        let channel = self.channels.find(fd).ok_or(Errno::BADF)?;
+        Ok(channel.next())
     }
 
     fn next_async_event(&self) -> Result<Option<AsyncEventDesc>, Errno> {
-        Ok(None)
+        Ok(self.events.next())
     }
 
     fn sysfs(&self, file: &str) -> Option<String> {
-        match file {
-            "ports/1/gids/0" => Some("0000:0000:0000:0000:0000:ffff:7f00:0001\n".to_owned()),
-            _ => None,
-        }
+        self.gids.sysfs(&self.link, self.welcome.guid, file)
     }
 }

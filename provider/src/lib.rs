@@ -6,10 +6,30 @@
 //! moves the bytes is the router's and the engine's business.
 
 mod abi;
+mod ah;
+mod attributes;
+mod bell;
 mod context;
+mod cq;
+mod cq_ex;
 mod device;
+mod direct;
+mod error;
+mod event;
+mod gid;
 mod got;
+mod health;
 mod hooks;
+mod lock;
 mod log;
 pub mod memory;
+mod mr;
 mod ops;
+mod pd;
+mod poll;
+mod post;
+mod qp;
+mod qp_attr;
+mod router_link;
+mod watch;
+mod wr;

@@ -1,42 +1,45 @@
-//! Which function implements which op.
+//! Which function implements which op, and the ops that belong to the device as a whole.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
 use verbs_abi::ffi::{
-    IBV_LINK_LAYER_ETHERNET, IBV_MTU_4096, IBV_PORT_ACTIVE, ibv_context, ibv_device_attr, ibv_device_attr_ex,
-    ibv_pd, ibv_port_attr, ibv_query_device_ex_input,
+    ibv_context, ibv_device_attr, ibv_device_attr_ex, ibv_port_attr, ibv_query_device_ex_input,
 };
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::device;
+use crate::{ah, attributes, cq, cq_ex, device, mr, pd, post, qp};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
 pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
     let function = match op {
-        Op::AllocPd => alloc_pd as *const (),
-        Op::DeallocPd => dealloc_pd as *const (),
+        Op::AllocPd => pd::alloc as *const (),
+        Op::CreateAh => ah::create as *const (),
+        Op::CreateCq => cq::create as *const (),
+        Op::CreateCqEx => cq_ex::create as *const (),
+        Op::CreateQp => qp::create as *const (),
+        Op::CreateQpEx => qp::create_ex as *const (),
+        Op::DeallocPd => pd::dealloc as *const (),
+        Op::DeregMr => mr::deregister as *const (),
+        Op::DestroyAh => ah::destroy as *const (),
+        Op::DestroyCq => cq::destroy as *const (),
+        Op::DestroyQp => qp::destroy as *const (),
         Op::FreeContext => free_context as *const (),
+        Op::ModifyQp => qp::modify as *const (),
+        Op::PollCq => cq::poll as *const (),
+        Op::PostRecv => post::recv as *const (),
+        Op::PostSend => post::send as *const (),
         Op::QueryDevice => query_device as *const (),
         Op::QueryDeviceEx => query_device_ex as *const (),
         Op::QueryPort => query_port as *const (),
+        Op::QueryQp => qp::query as *const (),
+        Op::RegMr => mr::register as *const (),
+        Op::ReqNotifyCq => cq::request_notification as *const (),
         _ => return None,
     };
     Some(function.cast())
-}
-
-unsafe extern "C" fn alloc_pd(_context: *mut ibv_context) -> *mut ibv_pd {
-    edge::pointer(|| Ok(Box::into_raw(Box::new(ibv_pd { context: ptr::null_mut(), handle: 0 }))))
-}
-
-unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
-    edge::status(|| {
-        // SAFETY: libibverbs passes what `alloc_pd` returned, once.
-        drop(unsafe { Box::from_raw(pd) });
-        Ok(())
-    })
 }
 
 unsafe extern "C" fn free_context(context: *mut ibv_context) {
@@ -52,7 +55,7 @@ unsafe extern "C" fn query_device(context: *mut ibv_context, attributes: *mut ib
 unsafe extern "C" fn query_device_ex(
     context: *mut ibv_context,
     _input: *const ibv_query_device_ex_input,
-    attributes: *mut ibv_device_attr_ex,
+    into: *mut ibv_device_attr_ex,
     size: usize,
 ) -> c_int {
     edge::status(|| {
@@ -61,36 +64,28 @@ unsafe extern "C" fn query_device_ex(
         }
         // SAFETY: libibverbs passes an open context of ours.
         let device = unsafe { device::state(context) };
-        // SAFETY: libibverbs passes `size` writable bytes, and the plain attributes come first.
+        device.health().check_owner()?;
+        let attributes = attributes::device(&device.welcome);
+        let known = size.min(size_of::<ibv_device_attr_ex>());
+        // SAFETY: libibverbs passes `size` writable bytes; what this build does not know stays zero.
         unsafe {
-            attributes.cast::<u8>().write_bytes(0, size);
-            device.describe(&mut (*attributes).orig_attr);
+            into.cast::<u8>().write_bytes(0, size);
+            into.cast::<u8>().copy_from_nonoverlapping(ptr::from_ref(&attributes).cast(), known);
         }
         Ok(())
     })
 }
 
-unsafe extern "C" fn query_port(
-    _context: *mut ibv_context,
-    port: u8,
-    attributes: *mut ibv_port_attr,
-) -> c_int {
+unsafe extern "C" fn query_port(context: *mut ibv_context, port: u8, into: *mut ibv_port_attr) -> c_int {
     edge::status(|| {
+        // SAFETY: libibverbs passes an open context of ours.
+        let device = unsafe { device::state(context) };
+        device.health().check_owner()?;
         if port != 1 {
             return Err(Errno::INVAL);
         }
-        // SAFETY: libibverbs passes a structure that has at least these fields, zeroed.
-        let attributes = unsafe { &mut *attributes };
-        attributes.state = IBV_PORT_ACTIVE;
-        attributes.max_mtu = IBV_MTU_4096;
-        attributes.active_mtu = IBV_MTU_4096;
-        attributes.gid_tbl_len = 1;
-        attributes.max_msg_sz = 1 << 30;
-        attributes.pkey_tbl_len = 1;
-        attributes.active_width = 2;
-        attributes.active_speed = 32;
-        attributes.phys_state = 5;
-        attributes.link_layer = IBV_LINK_LAYER_ETHERNET as u8;
+        // SAFETY: libibverbs passes a structure that has at least these fields.
+        unsafe { attributes::port(into) };
         Ok(())
     })
 }

@@ -1,0 +1,67 @@
+//! Telling the router that a QP has something new, and giving the processor to whoever can go on with it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use verbs_abi::shm::doorbell::Doorbells;
+use verbs_abi::shm::lane::LanePage;
+
+use crate::health::Health;
+
+/// With as few processors as this, a waiting thread is in the way of what it waits for.
+const FEW_CORES: usize = 2;
+
+/// The doorbells of one opened device.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    doorbells: Doorbells,
+    lane: LanePage,
+    wake: OwnedFd,
+    is_crowded: bool,
+    health: Arc<Health>,
+}
+
+impl Bell {
+    /// `cores` is how many processors the router may use.
+    pub(crate) fn new(
+        doorbells: Doorbells,
+        lane: LanePage,
+        wake: OwnedFd,
+        cores: u32,
+        health: Arc<Health>,
+    ) -> Bell {
+        let ours = std::thread::available_parallelism().map_or(1, usize::from);
+        let is_crowded = ours.min(cores as usize) <= FEW_CORES;
+        Bell { doorbells, lane, wake, is_crowded, health }
+    }
+
+    /// Says that QP `slot` has something new; a full fence. Wakes the router if it sleeps.
+    #[inline]
+    pub(crate) fn ring(&self, slot: u32) {
+        self.doorbells.ring(slot);
+        if self.lane.is_asleep() && !self.health.is_dead() {
+            self.wake();
+        }
+    }
+
+    #[cold]
+    fn wake(&self) {
+        // A full counter wakes as well, so a failure changes nothing.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        self.step_aside();
+    }
+
+    /// Lets the router run, where there are not processors enough for all.
+    #[inline]
+    pub(crate) fn step_aside(&self) {
+        if self.is_crowded {
+            rustix::thread::sched_yield();
+        }
+    }
+
+    /// The health of the device.
+    #[inline]
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
+    }
+}

@@ -1,0 +1,243 @@
+//! Completion queues.
+
+use std::ffi::c_int;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use verbs_abi::ffi::{
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
+};
+use verbs_abi::proto::{Answer, Request};
+use verbs_abi::shm::cq::{Arm, CqArea};
+use verbs_abi::shm::cqe::Cqe;
+
+use crate::abi::edge::{self, Errno};
+use crate::bell::Bell;
+use crate::context::Context;
+use crate::device;
+use crate::event::{self, Channel, CqEvents};
+use crate::lock::Lock;
+use crate::poll::Rings;
+
+/// Polls that find nothing before the thread steps aside.
+const IDLE_POLLS: u32 = 32;
+
+/// A CQ as C sees it: the public part first, room for what later releases append to it, and ours.
+#[repr(C)]
+pub(crate) struct CqObject {
+    pub(crate) public: ibv_cq_ex,
+    room: [u64; 16],
+    cq: Arc<Cq>,
+}
+
+/// A CQ.
+#[derive(Debug)]
+pub(crate) struct Cq {
+    /// The router's name for it.
+    pub(crate) id: u32,
+    pub(crate) events: Arc<CqEvents>,
+    pub(crate) rings: Lock<Rings>,
+    pub(crate) bell: Arc<Bell>,
+    channel: Option<Arc<Channel>>,
+}
+
+impl Cq {
+    /// The CQ that C names.
+    ///
+    /// # Safety
+    /// `cq` must be a live CQ of ours, and the reference must not outlive it.
+    #[inline]
+    pub(crate) unsafe fn of<'a>(cq: *const ibv_cq) -> &'a Arc<Cq> {
+        // SAFETY: the caller's promise; the member is never written after creation, so other threads' changes to
+        // the public part do not touch it.
+        unsafe { &(*cq.cast::<CqObject>()).cq }
+    }
+
+    /// Takes up to `limit` completions; the caller holds `rings`.
+    #[inline]
+    pub(crate) fn take(
+        &self,
+        rings: &mut Rings,
+        limit: usize,
+        emit: &mut impl FnMut(&crate::qp::Qp, &Cqe),
+    ) -> usize {
+        let taken = rings.take(&self.events.area, limit, emit);
+        if taken > 0 {
+            rings.idle = 0;
+            return taken;
+        }
+        rings.idle = rings.idle.wrapping_add(1);
+        if self.bell.health().is_dead() { rings.flush(limit, emit) } else { 0 }
+    }
+
+    /// After a poll that found nothing for the `idle`th time: lets others run now and then.
+    #[inline]
+    pub(crate) fn rest(&self, idle: u32) {
+        if idle.is_multiple_of(IDLE_POLLS) {
+            self.bell.step_aside();
+        }
+    }
+
+    /// What wakes its completion channel, if it has one.
+    pub(crate) fn channel_bell(&self) -> Option<Arc<dyn engine::Bell>> {
+        self.channel.clone().map(|channel| channel as Arc<dyn engine::Bell>)
+    }
+
+    fn arm(&self, arm: Arm) {
+        self.events.area.arm(arm);
+        if self.bell.health().is_dead()
+            && self.rings.lock().has_outstanding()
+            && self.events.area.publish(0, true)
+            && let Some(channel) = &self.channel
+        {
+            channel.tick();
+        }
+    }
+}
+
+pub(crate) unsafe extern "C" fn create(
+    context: *mut ibv_context,
+    cqe: c_int,
+    channel: *mut ibv_comp_channel,
+    comp_vector: c_int,
+) -> *mut ibv_cq {
+    // SAFETY: libibverbs passes an open context of ours and a channel of it, or none.
+    edge::pointer(|| unsafe {
+        let channel = (!channel.is_null()).then(|| (*channel).fd);
+        let object = new(context, u32::try_from(cqe).unwrap_or(0), channel, comp_vector as u32)?;
+        Ok(object.cast())
+    })
+}
+
+/// Makes a CQ whose public part is zero but for what libibverbs does not fill in.
+///
+/// # Safety
+/// `context` must be an open context of ours.
+pub(crate) unsafe fn new(
+    context: *mut ibv_context,
+    cqe: u32,
+    channel: Option<c_int>,
+    comp_vector: u32,
+) -> Result<*mut CqObject, Errno> {
+    // SAFETY: the caller's promise.
+    let device = unsafe { device::state(context) };
+    if cqe == 0 || cqe > device.welcome.limits.max_cqe || comp_vector >= device.num_comp_vectors() as u32 {
+        return Err(Errno::INVAL);
+    }
+    let channel = match channel {
+        Some(fd) => Some(device.channels.find(fd).ok_or(Errno::BADF)?),
+        None => None,
+    };
+    let handle = channel.as_ref().map(|channel| channel.handle(&device.link)).transpose()?;
+    let answer = device.link.ask(&Request::CreateCq { cqe, channel: handle }, &[])?;
+    let (Answer::Cq { cq: id, cqe, offset }, _) = answer else { return Err(Errno::PROTO) };
+    let area = CqArea::new(&device.arena, offset).ok_or(Errno::PROTO)?;
+    let object = Box::into_raw(Box::<CqObject>::new_uninit()).cast::<CqObject>();
+    let events = Arc::new(CqEvents {
+        area,
+        address: object as u64,
+        delivered: AtomicU32::new(0),
+        async_delivered: AtomicU32::new(0),
+    });
+    if let Some(channel) = &channel {
+        channel.attach(&events);
+    }
+    device.events.elements().cqs.insert(id, Arc::clone(&events));
+    let bell = Arc::clone(&device.bell);
+    let cq = Arc::new(Cq { id, events, rings: Lock::new(Rings::default()), bell, channel });
+    // SAFETY: just allocated; the public part is integers, pointers and optional functions, so zero is a value.
+    unsafe {
+        object.write(CqObject { public: std::mem::zeroed(), room: [0; 16], cq });
+        (*object).public.context = context;
+        (*object).public.handle = id;
+        (*object).public.cqe = cqe as c_int;
+    }
+    Ok(object)
+}
+
+pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
+    edge::status(|| {
+        // SAFETY: libibverbs passes a live CQ of ours, whose context is open.
+        let (device, own) = unsafe { (device::state((*cq).context), Arc::clone(Cq::of(cq))) };
+        if !own.rings.lock().is_empty() {
+            return Err(Errno::BUSY);
+        }
+        device.link.release(&Request::DestroyCq { cq: own.id })?;
+        forget(device, &own);
+        let (delivered, reported) = (&own.events.delivered, &own.events.async_delivered);
+        // SAFETY: libibverbs initialised both when it created the CQ, and signals at each acknowledgement.
+        unsafe {
+            event::wait_for_acks(&raw mut (*cq).mutex, &raw mut (*cq).cond, || {
+                (*cq).comp_events_completed == delivered.load(Ordering::SeqCst)
+                    && (*cq).async_events_completed == reported.load(Ordering::SeqCst)
+            });
+            drop(Box::from_raw(cq.cast::<CqObject>()));
+        }
+        Ok(())
+    })
+}
+
+/// Takes a CQ out of everything that could still find it.
+fn forget(device: &Context, cq: &Cq) {
+    if let Some(channel) = &cq.channel {
+        channel.detach(&cq.events);
+    }
+    device.events.elements().cqs.remove(&cq.id);
+}
+
+pub(crate) unsafe extern "C" fn poll(cq: *mut ibv_cq, count: c_int, into: *mut ibv_wc) -> c_int {
+    edge::value(-1, || {
+        // SAFETY: the application passes a live CQ of ours.
+        let cq = unsafe { Cq::of(cq) };
+        let limit = usize::try_from(count).unwrap_or(0);
+        if cq.bell.health().is_child() {
+            return -1;
+        }
+        let mut rings = cq.rings.lock();
+        let mut next = into;
+        let taken = cq.take(&mut rings, limit, &mut |qp, cqe| {
+            // SAFETY: the application passes room for `count` completions, and no more than that are taken.
+            unsafe {
+                next.write(completion(qp.number(), cqe));
+                next = next.add(1);
+            }
+        });
+        let idle = rings.idle;
+        drop(rings);
+        if taken == 0 {
+            cq.rest(idle);
+        }
+        taken as c_int
+    })
+}
+
+/// A completion as C sees it.
+#[inline]
+fn completion(qp_num: u32, cqe: &Cqe) -> ibv_wc {
+    ibv_wc {
+        wr_id: cqe.wr_id,
+        status: cqe.status.into(),
+        // Bit 7 of an entry's opcode is IBV_WC_RECV's.
+        opcode: ibv_wc_opcode::from(cqe.opcode),
+        vendor_err: cqe.status.into(),
+        byte_len: cqe.byte_len,
+        __bindgen_anon_1: ibv_wc__bindgen_ty_1 { imm_data: cqe.imm },
+        qp_num,
+        src_qp: cqe.src_qp,
+        wc_flags: cqe.flags.into(),
+        pkey_index: 0,
+        slid: 0,
+        sl: 0,
+        dlid_path_bits: 0,
+    }
+}
+
+pub(crate) unsafe extern "C" fn request_notification(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
+    edge::status(|| {
+        // SAFETY: the application passes a live CQ of ours.
+        let cq = unsafe { Cq::of(cq) };
+        cq.bell.health().check_owner()?;
+        cq.arm(if solicited_only == 0 { Arm::Any } else { Arm::Solicited });
+        Ok(())
+    })
+}

@@ -1,0 +1,134 @@
+//! What the port's sysfs files say: GIDs, their types and interfaces, P_Keys, the node's GUID.
+//!
+//! One install tree serves all containers, so these files are answered in the process, from what the router knows
+//! of this network namespace. The table is asked for anew when it is older than [`FRESH`]; a program reads it entry
+//! by entry.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use verbs_abi::ids;
+use verbs_abi::proto::{Answer, Gid, Request};
+
+use crate::router_link::RouterLink;
+
+/// Entries of the port's GID table; those after the last address are zero.
+pub(crate) const TABLE_LEN: usize = 16;
+/// How old a table may be.
+const FRESH: Duration = Duration::from_millis(100);
+
+/// The GID table as it was last told.
+#[derive(Debug, Default)]
+pub(crate) struct GidTable(Mutex<Option<(Instant, Vec<Gid>)>>);
+
+impl GidTable {
+    /// What the file `file` of the device says; `None` for files that are not answered here.
+    pub(crate) fn sysfs(&self, link: &RouterLink, guid: [u8; 8], file: &str) -> Option<String> {
+        if file == "node_guid" || file == "sys_image_guid" {
+            return Some(format!("{}\n", colons(&guid)));
+        }
+        let file = file.strip_prefix("ports/1/")?;
+        if let Some(index) = file.strip_prefix("gids/") {
+            let gid = self.entry(link, index)?;
+            return Some(format!("{}\n", colons(&gid)));
+        }
+        if let Some(index) = file.strip_prefix("gid_attrs/types/") {
+            // Said of empty entries, too: a kernel fails there, which some programs take for RoCE v1.
+            self.entry(link, index)?;
+            return Some("RoCE v2\n".to_owned());
+        }
+        if let Some(index) = file.strip_prefix("gid_attrs/ndevs/") {
+            let gid = ids::Gid(self.entry(link, index)?);
+            let name = interfaces().remove(&gid.ip());
+            return (!gid.is_unspecified()).then(|| format!("{}\n", name.as_deref().unwrap_or("lo")));
+        }
+        (file == "pkeys/0").then(|| "0xffff\n".to_owned())
+    }
+
+    fn entry(&self, link: &RouterLink, index: &str) -> Option<Gid> {
+        let index = index.parse::<usize>().ok().filter(|&index| index < TABLE_LEN)?;
+        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if cache.as_ref().is_none_or(|(told, _)| told.elapsed() >= FRESH)
+            && let Ok((Answer::Gids(gids), _)) = link.ask(&Request::Gids, &[])
+        {
+            *cache = Some((Instant::now(), gids));
+        }
+        // When the router is dead, the last it said stands.
+        let (_, gids) = cache.as_ref()?;
+        Some(gids.get(index).copied().unwrap_or_default())
+    }
+}
+
+/// Hexadecimal digits in groups of four, as sysfs writes GIDs and GUIDs.
+fn colons(bytes: &[u8]) -> String {
+    let groups =
+        bytes.chunks(2).map(|pair| pair.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    groups.collect::<Vec<_>>().join(":")
+}
+
+/// The interface of each address of this network namespace.
+fn interfaces() -> HashMap<IpAddr, String> {
+    let mut found = HashMap::new();
+    let mut list = std::ptr::null_mut();
+    // SAFETY: getifaddrs stores a list, which is freed below.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return found;
+    }
+    let mut next = list;
+    while !next.is_null() {
+        // SAFETY: an element of the list, which is not freed yet.
+        let entry = unsafe { &*next };
+        // SAFETY: as above; its address is null or complete for its family, its name a C string.
+        if let Some(address) = unsafe { address(entry.ifa_addr) } {
+            // SAFETY: as above.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            found.insert(address, name.to_string_lossy().into_owned());
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: the list from getifaddrs, once.
+    unsafe { libc::freeifaddrs(list) };
+    found
+}
+
+/// # Safety
+/// `address` must be null or a complete socket address.
+unsafe fn address(address: *const libc::sockaddr) -> Option<IpAddr> {
+    if address.is_null() {
+        return None;
+    }
+    // SAFETY: the caller's promise.
+    match i32::from(unsafe { (*address).sa_family }) {
+        libc::AF_INET => {
+            // SAFETY: the caller's promise and the family.
+            let v4 = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(IpAddr::V4(Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr))))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the caller's promise and the family.
+            let v6 = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(IpAddr::V6(Ipv6Addr::from(v6.sin6_addr.s6_addr)))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gids_are_written_as_sysfs_writes_them() {
+        let gid = ids::Gid::from(Ipv4Addr::new(10, 1, 2, 3));
+        assert_eq!(colons(&gid.0), "0000:0000:0000:0000:0000:ffff:0a01:0203");
+    }
+
+    #[test]
+    fn the_loopback_interface_is_found_by_its_address() {
+        let name = interfaces().remove(&IpAddr::V4(Ipv4Addr::LOCALHOST));
+        assert_eq!(name.as_deref(), Some("lo"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Taking completions: from the rings of a CQ's QPs, in turn, without system calls.
+//!
+//! A CQ of few rings looks at each; one of many asks the ready bits which hold something, keeps those that it could
+//! not empty, and serves them in turn. When the router is dead, the provider flushes what is outstanding.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use verbs_abi::shm::cq::CqArea;
+use verbs_abi::shm::cqe::{CompletionReader, Cqe};
+
+use crate::qp::Qp;
+
+/// Rings that are looked at one by one.
+const FEW_RINGS: usize = 4;
+
+/// Which queue of a QP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Send,
+    Recv,
+}
+
+/// The completions of one QP and direction, at the consumer's end.
+#[derive(Debug)]
+struct Ring {
+    reader: CompletionReader,
+    qp: Arc<Qp>,
+    side: Side,
+    is_pending: bool,
+}
+
+impl Ring {
+    /// Takes up to `limit` completions.
+    #[inline]
+    fn drain(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+        for taken in 0..limit {
+            let Some(cqe) = self.reader.pop() else { return taken };
+            self.qp.free(self.side, cqe.wqe);
+            emit(&self.qp, &cqe);
+        }
+        limit
+    }
+}
+
+/// The rings of a CQ.
+#[derive(Debug, Default)]
+pub(crate) struct Rings {
+    by_slot: Vec<Option<Ring>>,
+    /// The slots that are taken.
+    slots: Vec<u32>,
+    /// Slots whose ready bit was cleared and that may hold something still.
+    pending: VecDeque<u32>,
+    /// Where the next look at few rings begins.
+    turn: usize,
+    /// Polls in a row that found nothing.
+    pub(crate) idle: u32,
+    /// The completion that an extended CQ shows, and its QP number.
+    pub(crate) shown: (Cqe, u32),
+}
+
+impl Rings {
+    /// Adds a ring at the slot that the router chose.
+    pub(crate) fn attach(&mut self, slot: u32, side: Side, qp: &Arc<Qp>) {
+        let at = slot as usize;
+        if self.by_slot.len() <= at {
+            self.by_slot.resize_with(at + 1, || None);
+        }
+        let reader = qp.completions(side);
+        self.by_slot[at] = Some(Ring { reader, qp: Arc::clone(qp), side, is_pending: false });
+        self.slots.retain(|&other| other != slot);
+        self.slots.push(slot);
+    }
+
+    /// Takes a QP's ring out, with what is in it.
+    pub(crate) fn detach(&mut self, slot: u32, qp: &Qp) {
+        let Some(place) = self.by_slot.get_mut(slot as usize) else { return };
+        if place.as_ref().is_some_and(|ring| std::ptr::eq(&*ring.qp, qp)) {
+            *place = None;
+            self.slots.retain(|&other| other != slot);
+            self.pending.retain(|&other| other != slot);
+        }
+    }
+
+    /// Begins a QP's ring anew, after the router emptied it.
+    pub(crate) fn restart(&mut self, slot: u32) {
+        if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) {
+            ring.reader = ring.qp.completions(ring.side);
+        }
+    }
+
+    /// Whether no QP uses the CQ.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Takes up to `limit` completions.
+    #[inline]
+    pub(crate) fn take(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+        if self.slots.len() > FEW_RINGS {
+            return self.take_ready(area, limit, emit);
+        }
+        let mut taken = 0;
+        for i in 0..self.slots.len() {
+            let slot = self.slots[(self.turn + i) % self.slots.len()];
+            if let Some(ring) = &mut self.by_slot[slot as usize] {
+                taken += ring.drain(limit - taken, emit);
+            }
+            if taken == limit {
+                break;
+            }
+        }
+        self.turn = self.turn.wrapping_add(1);
+        taken
+    }
+
+    fn take_ready(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+        area.take_ready(|slot| {
+            if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize)
+                && !ring.is_pending
+            {
+                ring.is_pending = true;
+                self.pending.push_back(slot);
+            }
+        });
+        let mut taken = 0;
+        for _ in 0..self.pending.len() {
+            if taken == limit {
+                break;
+            }
+            let Some(slot) = self.pending.pop_front() else { break };
+            let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) else { continue };
+            taken += ring.drain(limit - taken, emit);
+            // A full harvest may have left something; an empty look comes after the ready bit was cleared.
+            if taken == limit {
+                self.pending.push_back(slot);
+            } else {
+                ring.is_pending = false;
+            }
+        }
+        taken
+    }
+
+    /// Completes what the dead router left outstanding: first what it had published, then everything else as
+    /// flushed.
+    pub(crate) fn flush(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+        let mut taken = 0;
+        for &slot in &self.slots {
+            let Some(ring) = &mut self.by_slot[slot as usize] else { continue };
+            taken += ring.drain(limit - taken, emit);
+            while taken < limit
+                && let Some(cqe) = ring.qp.flush_oldest(ring.side)
+            {
+                emit(&ring.qp, &cqe);
+                taken += 1;
+            }
+        }
+        taken
+    }
+
+    /// Whether something that was posted has not been polled yet.
+    pub(crate) fn has_outstanding(&self) -> bool {
+        let mut rings = self.by_slot.iter().flatten();
+        rings.any(|ring| ring.qp.outstanding(ring.side) > 0)
+    }
+}

@@ -1,0 +1,190 @@
+//! Noticing the router's death: one thread a process, asleep in `poll` on the control sockets of its devices.
+//!
+//! It blocks all signals, lives while a device is open, and does nothing but tell a [`Context`] that its router is
+//! gone. A child of fork has no such thread and starts one of its own when it opens a device.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::context::Context;
+use crate::log::{self, Level};
+use crate::memory;
+
+/// Room for the thread's few frames and its thread-local storage.
+const STACK: usize = 256 * 1024;
+
+/// The watch of this process; null before the first device, and again in a child of fork.
+static WATCH: AtomicPtr<Watch> = AtomicPtr::new(ptr::null_mut());
+
+#[derive(Debug)]
+struct Watch {
+    wake: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next_ticket: u64,
+    is_running: bool,
+    watched: Vec<Watched>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    ticket: u64,
+    socket: RawFd,
+    context: Weak<Context>,
+}
+
+/// Names a watched device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ticket(u64);
+
+/// Starts to watch a device. Its socket must stay open until [`remove`].
+pub(crate) fn add(context: &Arc<Context>, socket: RawFd) -> io::Result<Ticket> {
+    let watch = current()?;
+    let mut state = watch.state();
+    let ticket = state.next_ticket;
+    state.next_ticket += 1;
+    state.watched.push(Watched { ticket, socket, context: Arc::downgrade(context) });
+    if state.is_running {
+        watch.wake();
+    } else {
+        start(watch)?;
+        state.is_running = true;
+    }
+    Ok(Ticket(ticket))
+}
+
+/// Stops watching a device. When it returns, the thread does not look at the socket any more.
+pub(crate) fn remove(Ticket(ticket): Ticket) {
+    // SAFETY: a watch, once made, is never freed.
+    if let Some(watch) = unsafe { WATCH.load(Ordering::Acquire).as_ref() } {
+        watch.state().watched.retain(|watched| watched.ticket != ticket);
+        watch.wake();
+    }
+}
+
+fn current() -> io::Result<&'static Watch> {
+    static ONCE: Once = Once::new();
+    let mut result = Ok(());
+    ONCE.call_once(|| result = memory::on_fork_child(forget));
+    result?;
+    // SAFETY: a watch, once made, is never freed.
+    if let Some(watch) = unsafe { WATCH.load(Ordering::Acquire).as_ref() } {
+        return Ok(watch);
+    }
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let wake = crate::router_link::above_stdio(wake)?;
+    let made = Box::into_raw(Box::new(Watch { wake, state: Mutex::default() }));
+    match WATCH.compare_exchange(ptr::null_mut(), made, Ordering::AcqRel, Ordering::Acquire) {
+        // SAFETY: made above and never freed.
+        Ok(_) => Ok(unsafe { &*made }),
+        Err(other) => {
+            // SAFETY: made above, and nobody else has seen it.
+            drop(unsafe { Box::from_raw(made) });
+            // SAFETY: another thread's watch, never freed.
+            Ok(unsafe { &*other })
+        }
+    }
+}
+
+/// In a child of fork: the parent's watch has no thread here, and its lock may be held by one that does not exist.
+fn forget() {
+    WATCH.store(ptr::null_mut(), Ordering::Release);
+}
+
+fn start(watch: &'static Watch) -> io::Result<()> {
+    let builder = std::thread::Builder::new().name("freeflow-watch".to_owned()).stack_size(STACK);
+    // Signals are the application's: no handler of its may run on this stack.
+    let before = block_signals();
+    let started = builder.spawn(move || watch.run());
+    restore_signals(&before);
+    started.map(drop)
+}
+
+fn block_signals() -> libc::sigset_t {
+    // SAFETY: both sets are initialised by the calls that are given them.
+    unsafe {
+        let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+        before
+    }
+}
+
+fn restore_signals(before: &libc::sigset_t) {
+    // SAFETY: the set that was in force before.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before, ptr::null_mut()) };
+}
+
+impl Watch {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn run(&self) {
+        loop {
+            let sockets: Vec<RawFd> = {
+                let mut state = self.state();
+                if state.watched.is_empty() {
+                    state.is_running = false;
+                    return;
+                }
+                state.watched.iter().map(|watched| watched.socket).collect()
+            };
+            self.sleep(&sockets);
+            for context in self.take_dead() {
+                context.router_died();
+            }
+        }
+    }
+
+    /// Sleeps until something happens to one of the sockets, or [`Self::wake`].
+    fn sleep(&self, sockets: &[RawFd]) {
+        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
+        // SAFETY: a socket may be closed meanwhile, and its number be another's: then `poll` returns too early, and
+        // `take_dead` looks again under the lock.
+        let sockets = sockets.iter().map(|&fd| unsafe { BorrowedFd::borrow_raw(fd) });
+        fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::empty())));
+        if let Err(error) = poll(&mut fds, None)
+            && error != rustix::io::Errno::INTR
+        {
+            log::say(Level::Warn, format_args!("cannot watch the router: {error}"));
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+        let _ = rustix::io::read(self.wake.as_fd(), &mut [0; 8]);
+    }
+
+    /// Takes out the devices whose connection has ended.
+    fn take_dead(&self) -> Vec<Arc<Context>> {
+        let mut dead = Vec::new();
+        self.state().watched.retain(|watched| {
+            let ended = has_ended(watched.socket);
+            if ended {
+                dead.extend(watched.context.upgrade());
+            }
+            !ended
+        });
+        dead
+    }
+}
+
+/// Whether the other end is gone. Called under the lock, so the socket is still the device's.
+fn has_ended(socket: RawFd) -> bool {
+    // SAFETY: `remove` comes before the socket is closed, and waits for the lock that the caller holds.
+    let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok()
+        && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL)
+}
