@@ -136,16 +136,26 @@ impl Matrix {
 }
 
 impl Run {
-    /// Fails unless both ends exited with 0 and the client printed the rows of this run.
+    /// Fails unless both ends exited with 0, did what they were asked, and the client printed the rows of this run.
     pub fn check(&self, outcome: &PairOutcome) -> Result<()> {
         outcome.success()?;
         self.check_rows(&outcome.client.stdout).with_context(|| outcome.report())?;
         for end in [&outcome.server, &outcome.client] {
-            // perftest turns inline off, and goes on, where it does not know the device.
-            let inline_lost = self.tool.options.iter().any(|option| option == "-I")
-                && end.stderr.contains("Device not recognized to implement inline");
-            ensure!(!inline_lost, "perftest did not use inline data\n{}", outcome.report());
+            self.check_means(&end.stdout, &end.stderr).with_context(|| outcome.report())?;
         }
+        Ok(())
+    }
+
+    /// On a device whose part number it does not know, perftest turns inline data and the new post-send interface
+    /// off, says so in passing, and goes on.
+    fn check_means(&self, stdout: &str, stderr: &str) -> Result<()> {
+        let is_set = |option: &str| self.tool.options.iter().any(|word| word == option);
+        let disabled = stderr.contains("Device not recognized to implement inline");
+        ensure!(!(is_set("-I") && disabled), "perftest did not use inline data");
+        let expected = if is_set("--use_old_post_send") { "OFF" } else { "ON" };
+        let line = stdout.lines().find(|line| line.trim_start().starts_with("ibv_wr* API"));
+        let used = line.and_then(|line| line.split_whitespace().last()).unwrap_or("unknown");
+        ensure!(used == expected, "the new post-send interface is {used}, not {expected}");
         Ok(())
     }
 
@@ -273,5 +283,20 @@ mod tests {
         run.check_rows(&table).unwrap();
         assert!(run.check_rows(&table.replace(&format!("4096 {count}"), "4096 7")).is_err());
         assert!(run.check_rows(&table.replace(&format!("4096 {count} 1.0"), "4097 x y")).is_err());
+    }
+
+    #[test]
+    fn a_means_that_perftest_dropped_is_noticed() {
+        let new = " ibv_wr* API     : ON\n";
+        let old = " ibv_wr* API     : OFF\n";
+        let inline = run("ib_write_bw RC inline");
+        inline.check_means(new, "").unwrap();
+        assert!(inline.check_means(old, "").is_err());
+        assert!(
+            inline
+                .check_means(new, "Device not recognized to implement inline feature. Disabling it")
+                .is_err()
+        );
+        run("ib_write_bw RC old-post-send").check_means(old, "").unwrap();
     }
 }
