@@ -24,9 +24,12 @@ pub enum QueryError {
     /// The socket cannot be reached.
     #[error("cannot connect: {0}")]
     Connect(#[source] io::Error),
+    /// The router does not answer.
+    #[error("no answer within {} s; it hangs, or is stopped", TIMEOUT.as_secs())]
+    Silent,
     /// The question or answer did not come through.
     #[error("no answer: {0}")]
-    Exchange(#[from] ProtoError),
+    Exchange(#[source] ProtoError),
     /// The router refused.
     #[error("the router refused: {0}")]
     Refused(#[source] io::Error),
@@ -48,8 +51,14 @@ pub enum QueryError {
 pub fn status(socket: &Path) -> Result<Status, QueryError> {
     let connection = dial(socket).map_err(|error| QueryError::Connect(error.into()))?;
     let endpoint = Endpoint::new(connection);
-    endpoint.send(&Request::Status, &[])?;
-    let (reply, fds) = endpoint.recv::<Reply>()?;
+    let exchange = || {
+        endpoint.send(&Request::Status, &[])?;
+        endpoint.recv::<Reply>()
+    };
+    let (reply, fds) = exchange().map_err(|error| match error {
+        ProtoError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => QueryError::Silent,
+        error => QueryError::Exchange(error),
+    })?;
     match (reply, fds.into_iter().next()) {
         (Err(errno), _) => Err(QueryError::Refused(io::Error::from_raw_os_error(errno))),
         (Ok(Answer::Done), Some(file)) => {
@@ -85,4 +94,44 @@ fn read(file: &OwnedFd) -> io::Result<Vec<u8>> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::net::{accept, bind, listen, socket};
+
+    use super::*;
+    use crate::segment;
+
+    /// Answers one status request.
+    fn serve(listener: &OwnedFd, reply: Reply, text: &str) {
+        let endpoint = Endpoint::new(accept(listener).unwrap());
+        assert_eq!(endpoint.recv::<Request>().unwrap().0, Request::Status);
+        let file = segment::holding(c"status", text.as_bytes()).unwrap();
+        endpoint.send(&reply, &[file.as_fd()]).unwrap();
+    }
+
+    #[test]
+    fn a_status_crosses_the_socket_and_a_refusal_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("router.sock");
+        let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&listener, 1).unwrap();
+        let sent = Status { version: "1.2.3".into(), pid: 7, ..Status::default() };
+        let text = serde_json::to_string(&sent).unwrap();
+        let router = std::thread::spawn(move || {
+            serve(&listener, Ok(Answer::Done), &text);
+            serve(&listener, Ok(Answer::Done), "{ \"version\": \"9\", \"a word of the future\": 1 }");
+            serve(&listener, Ok(Answer::Done), "no JSON");
+            serve(&listener, Err(libc::EACCES), "");
+        });
+        assert_eq!(status(&path).unwrap(), sent);
+        assert_eq!(status(&path).unwrap().version, "9", "another version's status can be read");
+        assert!(status(&path).unwrap_err().to_string().contains("not understood"));
+        assert!(status(&path).unwrap_err().to_string().contains("refused: Permission denied"));
+        router.join().unwrap();
+    }
 }

@@ -10,7 +10,7 @@
 //! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
@@ -33,6 +33,7 @@ use verbs_abi::{
 use crate::{
     bell::Ringer,
     config::Config,
+    error::DaemonError,
     guid,
     lane::Lane,
     report, segment,
@@ -46,10 +47,9 @@ use crate::{
 const MAX_PD: u32 = 4096;
 /// Entries of a CQ.
 const MAX_CQE: u32 = 1 << 20;
-/// Connections beyond the clients: those that ask for the status, or have not said what they want.
+/// Connections beyond twice the clients: those that ask for the status, or have not said what they want.
+/// (`freeflow run` keeps a silent one, so that this router stays while the program has opened no device yet.)
 const STRANGERS: usize = 256;
-/// How long a connection may go without opening a device.
-const SILENCE: Duration = Duration::from_secs(10);
 /// How long no connection is taken when there are no descriptors left.
 const RESPITE: Duration = Duration::from_millis(100);
 /// How often a put-off reply is looked at.
@@ -63,25 +63,6 @@ const STOP: u64 = 2;
 const LANE_ENDED: u64 = 3;
 /// Tokens from here on are connections: socket `2 * id`, process `2 * id + 1`.
 const FIRST_SESSION: u32 = 2;
-
-/// Why the daemon cannot serve.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// Something that it needs cannot be made.
-    #[error("cannot set up {what}: {source}")]
-    SetUp {
-        /// What it is.
-        what: &'static str,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// Waiting for events failed.
-    #[error("cannot wait for clients: {0}")]
-    Wait(#[source] io::Error),
-    /// The data path ended by itself.
-    #[error("the data path stopped working; this is a bug, please report it with the lines above")]
-    LaneEnded,
-}
 
 /// Why the daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,8 +113,6 @@ pub struct Daemon {
     next_session: u32,
     clients: usize,
     max_clients: usize,
-    /// Connections that may not have opened a device, oldest first.
-    strangers: VecDeque<(Instant, u32)>,
     /// Connections with a reply that was put off.
     waiting: Vec<u32>,
     /// No connection is taken before this.
@@ -172,7 +151,6 @@ impl Daemon {
             next_session: FIRST_SESSION,
             clients: 0,
             max_clients: config.limits.clients as usize,
-            strangers: VecDeque::new(),
             waiting: Vec::new(),
             respite: None,
             idle_exit: config.idle_exit(),
@@ -239,7 +217,7 @@ impl Daemon {
                 }
             }
             self.resume();
-            self.expire();
+            self.recover();
             if self.idle_left() == Some(Duration::ZERO) {
                 return Ok(End::Idle);
             }
@@ -251,17 +229,15 @@ impl Daemon {
         let now = Instant::now();
         let until = |moment: Instant| moment.saturating_duration_since(now);
         let waiting = (!self.waiting.is_empty()).then_some(SOON);
-        let stranger = self.strangers.front().map(|(since, _)| until(*since + SILENCE));
-        let earliest =
-            [waiting, stranger, self.respite.map(until), self.idle_left()].into_iter().flatten().min()?;
+        let earliest = [waiting, self.respite.map(until), self.idle_left()].into_iter().flatten().min()?;
         // Rounded up to what epoll can wait, lest it be asked again and again for the last microseconds.
         let earliest = earliest + Duration::from_millis(1);
         Some(Timespec { tv_sec: earliest.as_secs() as i64, tv_nsec: i64::from(earliest.subsec_nanos()) })
     }
 
-    /// How long this router may stay without a client.
+    /// How long this router may stay without a connection.
     fn idle_left(&self) -> Option<Duration> {
-        let limit = self.idle_exit.filter(|_| self.clients == 0)?;
+        let limit = self.idle_exit.filter(|_| self.sessions.is_empty())?;
         Some(limit.saturating_sub(self.idle_since.elapsed()))
     }
 
@@ -282,7 +258,7 @@ impl Daemon {
     }
 
     fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
-        if self.sessions.len() >= self.max_clients.saturating_add(STRANGERS) {
+        if self.sessions.len() >= self.max_clients.saturating_mul(2).saturating_add(STRANGERS) {
             return Err(io::Error::other("too many connections; raise limits.clients"));
         }
         let session = Session::new(socket)?;
@@ -294,7 +270,6 @@ impl Daemon {
         if let Some(process) = session.peer().pidfd() {
             watch(&self.epoll, process, token + 1, epoll::EventFlags::IN)?;
         }
-        self.strangers.push_back((Instant::now(), id));
         self.sessions.insert(id, session);
         Ok(())
     }
@@ -313,7 +288,7 @@ impl Daemon {
         let id = (token / 2) as u32;
         let gone = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
         let outcome = if token % 2 == 1 {
-            Err(Parting::Died)
+            self.bury(id)
         } else if flags.intersects(gone) {
             Err(Parting::Left)
         } else {
@@ -322,6 +297,18 @@ impl Daemon {
         if let Err(parting) = outcome {
             self.part(id, &parting);
         }
+    }
+
+    /// The process at the other end is dead. A device ends with it; a silent connection may have been inherited.
+    fn bury(&self, id: u32) -> Result<(), Parting> {
+        let Some(session) = self.sessions.get(&id) else { return Ok(()) };
+        if session.client().is_some() {
+            return Err(Parting::Died);
+        }
+        if let Some(process) = session.peer().pidfd() {
+            let _ = epoll::delete(&self.epoll, process);
+        }
+        Ok(())
     }
 
     /// One request of a connection.
@@ -415,19 +402,9 @@ impl Daemon {
         }
     }
 
-    /// What time brings: connections that never said anything, descriptors that may be free again.
-    fn expire(&mut self) {
+    /// Takes connections again when some descriptors may be free.
+    fn recover(&mut self) {
         let now = Instant::now();
-        while let Some((since, id)) = self.strangers.front().copied() {
-            let silent = self.sessions.get(&id).is_some_and(|session| session.client().is_none());
-            if silent && now < since + SILENCE {
-                break;
-            }
-            self.strangers.pop_front();
-            if silent {
-                self.part(id, &Parting::Silent);
-            }
-        }
         if self.respite.is_some_and(|until| until <= now) {
             self.respite = None;
             self.listen(true);
@@ -438,12 +415,12 @@ impl Daemon {
     fn part(&mut self, id: u32, parting: &Parting) {
         let Some(session) = self.sessions.remove(&id) else { return };
         let pid = session.peer().pid;
+        self.idle_since = Instant::now();
         if parting.is_fault() {
             complain("a client was dropped", pid, parting);
         }
         if let Some(client) = session.client() {
             self.clients -= 1;
-            self.idle_since = Instant::now();
             tracing::debug!(client = client.id(), pid, %parting, "ended");
         }
         // A copy of the descriptors may live in another process, and then closing ours would not end the watch.

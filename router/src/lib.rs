@@ -14,6 +14,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 mod descriptor;
+pub mod error;
 mod guid;
 mod heap;
 mod identity;

@@ -108,6 +108,10 @@ impl Client {
             version_differs(peer, hello.version);
             return Err(Errno::PROTONOSUPPORT.raw_os_error());
         }
+        // Who inherited a connection is not whom the kernel named.
+        if !peer.is_alive() {
+            return Err(Errno::SRCH.raw_os_error());
+        }
         let mut fds = hello.fds.into_iter();
         let bell = fds.next().and_then(|file| EventBell::new(file, &terms.ringer));
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;

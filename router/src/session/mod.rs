@@ -33,9 +33,6 @@ pub(crate) enum Parting {
     /// The client's process ended.
     #[error("its process ended")]
     Died,
-    /// It did not open a device in time.
-    #[error("it asked for nothing")]
-    Silent,
     /// What came is not a message.
     #[error("protocol violation: {0}")]
     Message(ProtoError),
