@@ -91,8 +91,10 @@ pub(crate) struct Verbs {
 pub(crate) enum LibraryError {
     /// A release with a layout that is not in the table.
     #[error(
-        "{path} has private ABI {abi:?} and newest version IBVERBS_1.{node:?}, a layout this provider does not know; \
-         the device ff0 is not offered. Use rdma-core 25 to 65 or a newer freeflow"
+        "{path} has private ABI {} and newest version IBVERBS_1.{}, a layout this provider does not know; \
+         the device ff0 is not offered. Use rdma-core 25 to 65 or a newer freeflow",
+        shown(*abi),
+        shown(*node)
     )]
     UnknownLayout { path: String, abi: Option<u32>, node: Option<u32> },
     /// A symbol that every known release has is not there.
@@ -101,6 +103,10 @@ pub(crate) enum LibraryError {
     /// No known place of `verbs_qp.comp_mask` has the meaning it should have.
     #[error("{path} lays its QPs out in a way this provider does not know; the device ff0 is not offered")]
     UnknownQp { path: String },
+}
+
+fn shown(number: Option<u32>) -> String {
+    number.map_or_else(|| "(none)".to_owned(), |number| number.to_string())
 }
 
 impl Verbs {
