@@ -75,9 +75,14 @@ pub enum End {
 
 /// Serves `listener`, a non-blocking `SOCK_SEQPACKET` socket, until told to end or idle for too long.
 ///
+/// The whole process is the router from here on: memory of clients passes through it, so it leaves no core
+/// dumps and cannot be traced by its user's other processes.
+///
 /// # Errors
 /// [`DaemonError`]; clients cannot cause one.
 pub fn run(config: &Config, listener: OwnedFd) -> Result<End, DaemonError> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|error| DaemonError::SetUp { what: "privacy", source: error.into() })?;
     Daemon::new(config, listener)?.run()
 }
 
@@ -169,14 +174,12 @@ impl Daemon {
         Ok(Stopper(stop.map_err(|source| DaemonError::SetUp { what: "event handling", source })?))
     }
 
-    /// Serves until told to end or idle for too long. Memory of clients passes through this process, so from
-    /// here on it leaves no core dumps and cannot be traced by its user's other processes.
+    /// Serves until told to end or idle for too long.
     ///
     /// # Errors
     /// [`DaemonError`].
     pub fn run(mut self) -> Result<End, DaemonError> {
         let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
-        set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|e| set_up("privacy")(e.into()))?;
         let signals = Signals::block().map_err(set_up("signals"))?;
         watch(&self.epoll, &signals, SIGNALS, epoll::EventFlags::IN).map_err(set_up("signals"))?;
         let ended = self.lane_ended.try_clone().map(LaneEnded).map_err(set_up("the data path"))?;
