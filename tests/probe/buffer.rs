@@ -1,0 +1,111 @@
+//! Memory of the application that a device writes to behind the program's back.
+//!
+//! Does: anonymous mappings, reached by copies and atomics only. Leaves to others: registering them.
+
+use std::{
+    io, ptr,
+    sync::atomic::{AtomicU64, Ordering, fence},
+};
+
+use anyhow::{Result, bail};
+
+/// A private anonymous mapping.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to the value, and its bytes are reached only by raw copies and atomics.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; who races with the device or another thread on a byte reads garbage, which is what tests look for.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// Maps `len` bytes of zeros; nothing is touched, so a huge one costs nothing.
+    pub(crate) fn new(len: usize) -> Result<Self> {
+        Self::with_protection(len, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    /// The same with another protection.
+    pub(crate) fn with_protection(len: usize, protection: i32) -> Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address the kernel chooses touches nothing that exists.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            bail!("cannot map {len} bytes: {}", io::Error::last_os_error());
+        }
+        Ok(Self { start: start.cast(), len })
+    }
+
+    /// Its address.
+    pub(crate) fn addr(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies bytes in.
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.len, "{at} + {} is outside", bytes.len());
+        // SAFETY: within the mapping, by the assertion.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) };
+        fence(Ordering::SeqCst);
+    }
+
+    /// Copies bytes out.
+    pub(crate) fn read(&self, at: usize, len: usize) -> Vec<u8> {
+        assert!(at + len <= self.len, "{at} + {len} is outside");
+        fence(Ordering::SeqCst);
+        let mut bytes = vec![0; len];
+        // SAFETY: within the mapping, by the assertion.
+        unsafe { ptr::copy_nonoverlapping(self.start.add(at), bytes.as_mut_ptr(), len) };
+        bytes
+    }
+
+    /// Sets every byte of a part.
+    pub(crate) fn fill(&self, at: usize, len: usize, byte: u8) {
+        assert!(at + len <= self.len, "{at} + {len} is outside");
+        // SAFETY: within the mapping, by the assertion.
+        unsafe { ptr::write_bytes(self.start.add(at), byte, len) };
+        fence(Ordering::SeqCst);
+    }
+
+    /// An aligned word.
+    pub(crate) fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.len, "{at} is no place of a word");
+        // SAFETY: aligned and within the mapping, by the assertion; the mapping lives as long as the borrow.
+        unsafe { AtomicU64::from_ptr(self.start.add(at).cast()) }
+    }
+
+    /// `madvise` on a part.
+    pub(crate) fn advise(&self, at: usize, len: usize, advice: i32) -> Result<()> {
+        assert!(at + len <= self.len, "{at} + {len} is outside");
+        // SAFETY: within the mapping, by the assertion; the advice of tests changes contents at most.
+        if unsafe { libc::madvise(self.start.add(at).cast(), len, advice) } != 0 {
+            bail!("madvise({advice}): {}", io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is the value's own, and nobody borrows it any more.
+        unsafe { libc::munmap(self.start.cast(), self.len) };
+    }
+}
+
+/// Bytes that differ from place to place and from seed to seed.
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+        .collect()
+}

@@ -1,0 +1,79 @@
+//! Everything that can be checked by one process with two opened devices.
+
+mod addresses;
+mod completions;
+mod datagrams;
+mod errors;
+mod limits;
+mod memory;
+mod opcodes;
+mod states;
+
+use std::fmt;
+
+use anyhow::Result;
+
+/// Why a check cannot be performed here.
+#[derive(Debug)]
+pub(crate) struct Skip(pub(crate) String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "skipped: {}", self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+type Check = (&'static str, fn() -> Result<()>);
+
+/// All checks, by the promise that each keeps. Those of memory begin with that word: no seat matters to them.
+pub(crate) const CHECKS: &[Check] = &[
+    ("RC executes every opcode", opcodes::reliable),
+    ("UC executes SEND and WRITE, and refuses what needs an answer", opcodes::unreliable),
+    ("a fenced SEND carries what the READ before it brought", opcodes::fence),
+    ("inline data of 0 to 256 bytes is taken at the post", opcodes::inline),
+    ("thirty SGEs are gathered and scattered", opcodes::many_sges),
+    ("messages may be empty", opcodes::empty),
+    ("a message of 1 GiB arrives, and a longer one is refused", opcodes::one_gib),
+    ("payloads of odd sizes and addresses arrive unharmed", opcodes::odd_places),
+    ("a hundred thousand messages through a short queue keep their order", opcodes::wrap_around),
+    ("unsignaled work completes in silence", completions::unsignaled),
+    ("sq_sig_all signals everything", completions::all_signaled),
+    ("a solicited-only arm sleeps until a solicited message", completions::solicited),
+    ("an event comes once for an arm", completions::one_event_an_arm),
+    ("twenty thousand ping-pongs by events lose no wake-up", completions::ping_pong_by_events),
+    ("many QPs share a CQ and each keeps its order", completions::shared_queue),
+    ("destroying a QP takes its completions along", completions::destroyed_qp),
+    ("datagrams carry a header and can be answered by it", datagrams::answered),
+    ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish or fail", datagrams::lost),
+    ("a QP walks the state table and nothing else", states::transitions),
+    ("query_qp returns what was set", states::query),
+    ("RESET empties a QP, which can be used anew", states::reset),
+    ("ERR flushes in order what is posted before and after", states::flush),
+    ("SQD holds sends back until RTS", states::drained),
+    ("requests sent before the peer's RTR succeed after it", states::early_requests),
+    ("a full SQ and a full RQ say ENOMEM and name the work request", limits::full_queues),
+    ("objects in use cannot be destroyed", limits::busy_objects),
+    ("sizes beyond the device's are refused", limits::excess),
+    ("device and port attributes are sane", limits::attributes),
+    ("a remote access error raises QP_ACCESS_ERR and ends both QPs", errors::remote_access),
+    ("rights that an MR or a QP lacks are refused", errors::missing_rights),
+    ("a bad lkey ends in a local protection error", errors::local_protection),
+    ("a message longer than the receive fails both ends", errors::too_long),
+    ("a receive posted late ends the RNR wait", errors::late_receive),
+    ("RNR retries are counted", errors::rnr_exceeded),
+    ("a peer that is gone is silence until the retries are used up", errors::silent_peer),
+    ("GIDs are the addresses of the namespace and follow them", addresses::follow),
+    ("all ways to read the GID table agree", addresses::table),
+    ("memory beyond 4 GiB can be reached", memory::beyond_4_gib),
+    ("memory survives fork, both sides of it", memory::fork),
+    ("memory survives system() and popen()", memory::commands),
+    ("memory registered twice and in overlapping parts works until the last MR goes", memory::overlaps),
+    ("memory is the program's own again after deregistration", memory::deregistered),
+    ("memory of a few unaligned bytes works with live neighbours", memory::small_neighbours),
+    ("memory that may not be written is refused for LOCAL_WRITE", memory::read_only),
+    ("memory that is not mapped is refused", memory::unmapped),
+    ("memory of threads, heap, statics and stack is reachable", memory::kinds),
+    ("memory of a deregistered MR is out of reach", memory::stale_key),
+];

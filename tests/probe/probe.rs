@@ -1,0 +1,76 @@
+//! A verbs program that checks from inside what the virtual RNIC promises; the whole-system tests run it.
+//!
+//! `freeflow-probe list` names its checks, `check NAME` performs one. `OK`, or `SKIP` and the reason, and exit code 0:
+//! the promise holds, or could not be tried. Anything else is a failure, told on stderr. Every subcommand ends by
+//! itself in bounded time.
+
+mod buffer;
+mod checks;
+mod idle;
+mod kills;
+mod library;
+mod outage;
+mod pair;
+mod qp;
+mod verbs;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, bail};
+
+use checks::{CHECKS, Skip};
+
+/// How long a subcommand may take that says nothing else.
+const LIMIT: Duration = Duration::from_secs(60);
+
+const USAGE: &str = "\
+usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage
+       freeflow-probe kill-loop --rounds N --seed S";
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    if words == ["list"] {
+        CHECKS.iter().for_each(|(name, _)| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
+    match perform(&words) {
+        Ok(()) => {
+            println!("OK");
+            ExitCode::SUCCESS
+        }
+        Err(error) => match error.downcast_ref::<Skip>() {
+            Some(Skip(reason)) => {
+                println!("SKIP {reason}");
+                ExitCode::SUCCESS
+            }
+            None => {
+                eprintln!("freeflow-probe: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn perform(words: &[&str]) -> Result<()> {
+    end_after(LIMIT);
+    library::load()?;
+    match words {
+        ["check", name] => {
+            let check = CHECKS.iter().find(|(known, _)| known == name);
+            check.with_context(|| format!("there is no check {name:?}; see `freeflow-probe list`"))?.1()
+        }
+        ["open"] => verbs::Context::open().map(|_| ()),
+        ["hold", count] => idle::hold(count.parse()?),
+        ["idle-qps", count] => idle::qps(count.parse()?),
+        ["outage"] => outage::survive(),
+        ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+/// Ends this process by SIGALRM: a probe that hangs is a failure, not a stuck test.
+fn end_after(limit: Duration) {
+    // SAFETY: nothing in this program handles SIGALRM, so it ends the process.
+    unsafe { libc::alarm(limit.as_secs() as u32) };
+}

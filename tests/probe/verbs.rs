@@ -1,0 +1,507 @@
+//! Verbs objects that end when they are dropped, parents after children.
+//!
+//! Does: the calls, errno and pointers to Rust. Leaves to others: which calls make sense.
+
+use std::{
+    error::Error,
+    ffi::{CStr, c_int},
+    fmt, io,
+    mem::offset_of,
+    ptr::{self, NonNull},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use verbs_abi::ffi::*;
+
+use crate::library::library;
+
+/// The errno that a verb ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Errno {
+    pub(crate) verb: &'static str,
+    pub(crate) code: i32,
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}: {}", self.verb, io::Error::from_raw_os_error(self.code))
+    }
+}
+
+impl Error for Errno {}
+
+fn check(verb: &'static str, code: c_int) -> Result<(), Errno> {
+    if code == 0 { Ok(()) } else { Err(Errno { verb, code: if code < 0 { last_errno() } else { code } }) }
+}
+
+fn last_errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+fn pointer<T>(verb: &'static str, raw: *mut T) -> Result<NonNull<T>, Errno> {
+    NonNull::new(raw).ok_or_else(|| Errno { verb, code: last_errno() })
+}
+
+/// Waits until a descriptor is readable.
+pub(crate) fn readable(fd: c_int, timeout: Duration) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, alive during the call.
+    unsafe { libc::poll(&mut poll, 1, timeout.as_millis() as c_int) > 0 }
+}
+
+/// Visits the device ff0 while the list of devices is there.
+fn with_device<R>(visit: impl FnOnce(*mut ibv_device) -> R) -> Result<R> {
+    let mut count = 0;
+    // SAFETY: the count is ours; the list is freed below, after its last use.
+    let list = unsafe { (library().ibv_get_device_list)(&mut count) };
+    ensure!(!list.is_null(), "ibv_get_device_list: {}", io::Error::last_os_error());
+    let found = (0..count as usize).find_map(|at| {
+        // SAFETY: the list has `count` entries, each a live device with a name that is a C string.
+        unsafe {
+            let device = *list.add(at);
+            (CStr::from_ptr((*device).name.as_ptr()) == c"ff0").then_some(device)
+        }
+    });
+    let result = found.map(visit);
+    // SAFETY: the list is not used after this.
+    unsafe { (library().ibv_free_device_list)(list) };
+    result.context("there is no device ff0: run this by `freeflow run`")
+}
+
+/// Lets libibverbs find its devices, as a program does that opens one only after a fork.
+pub(crate) fn find_device() -> Result<()> {
+    with_device(|_| ())
+}
+
+/// An opened device.
+#[derive(Debug)]
+pub(crate) struct Context {
+    raw: NonNull<ibv_context>,
+}
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Opens ff0.
+    pub(crate) fn open() -> Result<Arc<Self>> {
+        let raw = with_device(|device| {
+            // SAFETY: the device is in a list that is not freed yet.
+            pointer("ibv_open_device", unsafe { (library().ibv_open_device)(device) })
+        })??;
+        Ok(Arc::new(Self { raw }))
+    }
+
+    pub(crate) fn raw(&self) -> *mut ibv_context {
+        self.raw.as_ptr()
+    }
+
+    pub(crate) fn async_fd(&self) -> c_int {
+        // SAFETY: the context is alive.
+        unsafe { self.raw.as_ref() }.async_fd
+    }
+
+    pub(crate) fn device_attr(&self) -> Result<ibv_device_attr, Errno> {
+        let mut attr = ibv_device_attr::default();
+        // SAFETY: the context is alive, the attributes are ours.
+        check("ibv_query_device", unsafe { (library().ibv_query_device)(self.raw(), &mut attr) })?;
+        Ok(attr)
+    }
+
+    pub(crate) fn port_attr(&self) -> Result<ibv_port_attr> {
+        let mut attr = ibv_port_attr::default();
+        // SAFETY: libibverbs embeds each context in a verbs_context, and says so by abi_compat; the layout up to
+        // query_port is that of all releases since 25.
+        let query = unsafe {
+            ensure!((*self.raw()).abi_compat as isize == -1, "a context without extended verbs");
+            let extended = self.raw().byte_sub(offset_of!(verbs_context, context)).cast::<verbs_context>();
+            (*extended).query_port.context("no query_port")?
+        };
+        // SAFETY: the context is alive, the attributes are ours and as long as said.
+        let code = unsafe { query(self.raw(), 1, &mut attr, size_of::<ibv_port_attr>()) };
+        check("ibv_query_port", code)?;
+        Ok(attr)
+    }
+
+    pub(crate) fn gid(&self, index: c_int) -> Result<[u8; 16], Errno> {
+        let mut gid = ibv_gid::default();
+        // SAFETY: the context is alive, the GID is ours.
+        check("ibv_query_gid", unsafe { (library().ibv_query_gid)(self.raw(), 1, index, &mut gid) })?;
+        // SAFETY: any bytes are a raw GID.
+        Ok(unsafe { gid.raw })
+    }
+
+    pub(crate) fn gid_entry(&self, index: u32) -> Result<ibv_gid_entry, Errno> {
+        let mut entry = ibv_gid_entry::default();
+        let size = size_of::<ibv_gid_entry>();
+        // SAFETY: the context is alive, the entry is ours and as long as said.
+        let code = unsafe { (library()._ibv_query_gid_ex)(self.raw(), 1, index, &mut entry, 0, size) };
+        check("ibv_query_gid_ex", code)?;
+        Ok(entry)
+    }
+
+    pub(crate) fn gid_table(&self) -> Result<Vec<ibv_gid_entry>> {
+        let mut entries = [ibv_gid_entry::default(); 64];
+        let size = size_of::<ibv_gid_entry>();
+        // SAFETY: the context is alive, the table is ours and as long as said.
+        let count = unsafe {
+            (library()._ibv_query_gid_table)(self.raw(), entries.as_mut_ptr(), entries.len(), 0, size)
+        };
+        ensure!(count >= 0, "ibv_query_gid_table: {}", io::Error::from_raw_os_error(-count as i32));
+        Ok(entries[..count as usize].to_vec())
+    }
+
+    /// Takes the next async event and acknowledges it; none in time: `None`.
+    pub(crate) fn async_event(&self, timeout: Duration) -> Result<Option<AsyncEvent>> {
+        if !readable(self.async_fd(), timeout) {
+            return Ok(None);
+        }
+        let mut event = ibv_async_event::default();
+        // SAFETY: the context is alive, the event is ours.
+        check("ibv_get_async_event", unsafe { (library().ibv_get_async_event)(self.raw(), &mut event) })?;
+        // SAFETY: every member of the union is as wide as a pointer or narrower, and the event began as zeros.
+        let element = unsafe { event.element.qp } as usize;
+        // SAFETY: the event came from ibv_get_async_event and is acknowledged once.
+        unsafe { (library().ibv_ack_async_event)(&mut event) };
+        Ok(Some(AsyncEvent { kind: event.event_type, element }))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: all children are gone: each holds a reference.
+        unsafe { (library().ibv_close_device)(self.raw()) };
+    }
+}
+
+/// An async event: its kind and the address of the object it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AsyncEvent {
+    pub(crate) kind: ibv_event_type,
+    pub(crate) element: usize,
+}
+
+/// A protection domain.
+#[derive(Debug)]
+pub(crate) struct Pd {
+    raw: NonNull<ibv_pd>,
+    context: Arc<Context>,
+}
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Pd {}
+// SAFETY: as above.
+unsafe impl Sync for Pd {}
+
+impl Pd {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, Errno> {
+        // SAFETY: the context is alive.
+        let raw = pointer("ibv_alloc_pd", unsafe { (library().ibv_alloc_pd)(context.raw()) })?;
+        Ok(Arc::new(Self { raw, context: Arc::clone(context) }))
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    pub(crate) fn raw(&self) -> *mut ibv_pd {
+        self.raw.as_ptr()
+    }
+
+    /// Tries to end a PD that is in use.
+    pub(crate) fn try_dealloc(&self) -> Result<(), Errno> {
+        // SAFETY: the PD is alive; where the call succeeds the test has failed and uses it no more.
+        check("ibv_dealloc_pd", unsafe { (library().ibv_dealloc_pd)(self.raw.as_ptr()) })
+    }
+}
+
+impl Drop for Pd {
+    fn drop(&mut self) {
+        // SAFETY: all children are gone: each holds a reference.
+        unsafe { (library().ibv_dealloc_pd)(self.raw.as_ptr()) };
+    }
+}
+
+/// A registered memory region. Its memory must outlive it, which is the caller's business.
+#[derive(Debug)]
+pub(crate) struct Mr {
+    raw: NonNull<ibv_mr>,
+    _pd: Arc<Pd>,
+}
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Mr {}
+// SAFETY: as above.
+unsafe impl Sync for Mr {}
+
+/// All rights.
+pub(crate) const ALL_ACCESS: u32 =
+    IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC;
+
+impl Mr {
+    pub(crate) fn new(pd: &Arc<Pd>, addr: usize, len: usize, access: u32) -> Result<Self, Errno> {
+        let start = ptr::without_provenance_mut(addr);
+        // SAFETY: the PD is alive; the range is checked by the callee.
+        let raw = unsafe { (library().ibv_reg_mr)(pd.raw.as_ptr(), start, len, access as c_int) };
+        Ok(Self { raw: pointer("ibv_reg_mr", raw)?, _pd: Arc::clone(pd) })
+    }
+
+    pub(crate) fn lkey(&self) -> u32 {
+        // SAFETY: the MR is alive.
+        unsafe { self.raw.as_ref() }.lkey
+    }
+
+    pub(crate) fn rkey(&self) -> u32 {
+        // SAFETY: the MR is alive.
+        unsafe { self.raw.as_ref() }.rkey
+    }
+}
+
+impl Drop for Mr {
+    fn drop(&mut self) {
+        // SAFETY: the MR is deregistered once, here.
+        let code = unsafe { (library().ibv_dereg_mr)(self.raw.as_ptr()) };
+        if code != 0 {
+            eprintln!("ibv_dereg_mr: {}", io::Error::from_raw_os_error(code));
+        }
+    }
+}
+
+/// A completion channel.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    raw: NonNull<ibv_comp_channel>,
+    _context: Arc<Context>,
+}
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Channel {}
+// SAFETY: as above.
+unsafe impl Sync for Channel {}
+
+impl Channel {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, Errno> {
+        // SAFETY: the context is alive.
+        let raw = unsafe { (library().ibv_create_comp_channel)(context.raw()) };
+        let raw = pointer("ibv_create_comp_channel", raw)?;
+        Ok(Arc::new(Self { raw, _context: Arc::clone(context) }))
+    }
+
+    /// Whether an event is there, or comes in time.
+    pub(crate) fn has_event(&self, timeout: Duration) -> bool {
+        // SAFETY: the channel is alive.
+        readable(unsafe { self.raw.as_ref() }.fd, timeout)
+    }
+
+    /// Blocks for an event of any CQ, acknowledges it, and tells the CQ's address.
+    pub(crate) fn event(&self) -> Result<usize, Errno> {
+        let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the channel is alive, both results are ours.
+        let code = unsafe { (library().ibv_get_cq_event)(self.raw.as_ptr(), &mut cq, &mut context) };
+        check("ibv_get_cq_event", code)?;
+        // SAFETY: the CQ of the event is alive: it may not be destroyed before this acknowledgement.
+        unsafe { (library().ibv_ack_cq_events)(cq, 1) };
+        Ok(cq as usize)
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // SAFETY: all CQs of the channel are gone: each holds a reference.
+        unsafe { (library().ibv_destroy_comp_channel)(self.raw.as_ptr()) };
+    }
+}
+
+/// A completion.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wc {
+    pub(crate) wr_id: u64,
+    pub(crate) status: ibv_wc_status,
+    pub(crate) opcode: ibv_wc_opcode,
+    pub(crate) byte_len: u32,
+    pub(crate) imm: u32,
+    pub(crate) qp_num: u32,
+    pub(crate) src_qp: u32,
+    pub(crate) flags: u32,
+}
+
+impl Wc {
+    /// Fails, by the name of the status, where it is another than this.
+    pub(crate) fn expect(&self, status: ibv_wc_status) -> Result<()> {
+        ensure!(
+            self.status == status,
+            "WR {} ended with {}, not with {}",
+            self.wr_id,
+            status_name(self.status),
+            status_name(status)
+        );
+        Ok(())
+    }
+}
+
+/// What libibverbs calls a status.
+pub(crate) fn status_name(status: ibv_wc_status) -> String {
+    // SAFETY: the function returns a static C string for any number.
+    unsafe { CStr::from_ptr((library().ibv_wc_status_str)(status)) }.to_string_lossy().into_owned()
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub(crate) struct Cq {
+    raw: NonNull<ibv_cq>,
+    context: Arc<Context>,
+    channel: Option<Arc<Channel>>,
+}
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Cq {}
+// SAFETY: as above.
+unsafe impl Sync for Cq {}
+
+impl Cq {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        entries: u32,
+        channel: Option<&Arc<Channel>>,
+    ) -> Result<Arc<Self>, Errno> {
+        let raw_channel = channel.map_or(ptr::null_mut(), |channel| channel.raw.as_ptr());
+        // SAFETY: context and channel are alive; no CQ context is wanted.
+        let raw = unsafe {
+            (library().ibv_create_cq)(context.raw(), entries as c_int, ptr::null_mut(), raw_channel, 0)
+        };
+        let raw = pointer("ibv_create_cq", raw)?;
+        Ok(Arc::new(Self { raw, context: Arc::clone(context), channel: channel.cloned() }))
+    }
+
+    pub(crate) fn addr(&self) -> usize {
+        self.raw.as_ptr() as usize
+    }
+
+    /// Takes up to `limit` completions.
+    pub(crate) fn poll(&self, limit: usize) -> Result<Vec<Wc>> {
+        let mut raw = [ibv_wc::default(); 64];
+        let limit = limit.min(raw.len());
+        // SAFETY: the context is alive, and the provider has set its table.
+        let poll = unsafe { (*self.context.raw()).ops.poll_cq }.context("no poll_cq")?;
+        // SAFETY: the CQ is alive; the array has room for `limit` completions.
+        let count = unsafe { poll(self.raw.as_ptr(), limit as c_int, raw.as_mut_ptr()) };
+        ensure!(count >= 0, "ibv_poll_cq: {count}");
+        Ok(raw[..count as usize].iter().map(completion).collect())
+    }
+
+    /// Polls until `count` completions have come.
+    pub(crate) fn wait(&self, count: usize, timeout: Duration) -> Result<Vec<Wc>> {
+        let start = Instant::now();
+        let mut all = Vec::new();
+        while all.len() < count {
+            all.extend(self.poll(count - all.len())?);
+            ensure!(
+                all.len() >= count || start.elapsed() < timeout,
+                "only {} of {count} completions within {timeout:?}: {all:?}",
+                all.len()
+            );
+        }
+        Ok(all)
+    }
+
+    /// Polls for the next completion.
+    pub(crate) fn next(&self) -> Result<Wc> {
+        Ok(self.wait(1, Duration::from_secs(5))?[0])
+    }
+
+    /// Fails where a completion comes within this time.
+    pub(crate) fn stays_empty(&self, time: Duration) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            if let Some(wc) = self.poll(1)?.first() {
+                bail!("a completion that should not be: {wc:?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for an event at the next completion.
+    pub(crate) fn arm(&self, solicited_only: bool) -> Result<()> {
+        // SAFETY: the context is alive, and the provider has set its table.
+        let arm = unsafe { (*self.context.raw()).ops.req_notify_cq }.context("no req_notify_cq")?;
+        // SAFETY: the CQ is alive.
+        check("ibv_req_notify_cq", unsafe { arm(self.raw.as_ptr(), c_int::from(solicited_only)) })?;
+        Ok(())
+    }
+
+    pub(crate) fn channel(&self) -> Result<&Arc<Channel>> {
+        self.channel.as_ref().context("the CQ has no channel")
+    }
+
+    /// Tries to end a CQ that is in use.
+    pub(crate) fn try_destroy(&self) -> Result<(), Errno> {
+        // SAFETY: the CQ is alive; where the call succeeds the test has failed and uses it no more.
+        check("ibv_destroy_cq", unsafe { (library().ibv_destroy_cq)(self.raw.as_ptr()) })
+    }
+}
+
+fn completion(raw: &ibv_wc) -> Wc {
+    Wc {
+        wr_id: raw.wr_id,
+        status: raw.status,
+        opcode: raw.opcode,
+        byte_len: raw.byte_len,
+        // SAFETY: both members of the union are 32 bits wide, and any bits are a number.
+        imm: unsafe { raw.__bindgen_anon_1.imm_data },
+        qp_num: raw.qp_num,
+        src_qp: raw.src_qp,
+        flags: raw.wc_flags,
+    }
+}
+
+impl Drop for Cq {
+    fn drop(&mut self) {
+        // SAFETY: all QPs of the CQ are gone: each holds a reference; all its events were acknowledged.
+        unsafe { (library().ibv_destroy_cq)(self.raw.as_ptr()) };
+    }
+}
+
+/// An address handle.
+#[derive(Debug)]
+pub(crate) struct Ah {
+    raw: NonNull<ibv_ah>,
+    _pd: Arc<Pd>,
+}
+
+impl Ah {
+    pub(crate) fn new(pd: &Arc<Pd>, attr: &ibv_ah_attr) -> Result<Self, Errno> {
+        let mut attr = *attr;
+        // SAFETY: the PD is alive, the attributes are ours.
+        let raw = pointer("ibv_create_ah", unsafe { (library().ibv_create_ah)(pd.raw.as_ptr(), &mut attr) })?;
+        Ok(Self { raw, _pd: Arc::clone(pd) })
+    }
+
+    /// The attributes by which a datagram can be answered; `grh` are the first 40 bytes of its receive buffer.
+    pub(crate) fn attr_of_sender(context: &Context, wc: &Wc, grh: &[u8]) -> Result<ibv_ah_attr> {
+        ensure!(grh.len() >= size_of::<ibv_grh>(), "a GRH has 40 bytes");
+        let mut attr = ibv_ah_attr::default();
+        let mut raw = ibv_wc { src_qp: wc.src_qp, wc_flags: wc.flags, ..ibv_wc::default() };
+        // SAFETY: at least 40 bytes, by the check above; the structure is plain bytes.
+        let mut grh = unsafe { ptr::read_unaligned(grh.as_ptr().cast::<ibv_grh>()) };
+        // SAFETY: the context is alive, everything else is ours.
+        let code =
+            unsafe { (library().ibv_init_ah_from_wc)(context.raw(), 1, &mut raw, &mut grh, &mut attr) };
+        check("ibv_init_ah_from_wc", code)?;
+        Ok(attr)
+    }
+
+    pub(crate) fn raw(&self) -> *mut ibv_ah {
+        self.raw.as_ptr()
+    }
+}
+
+impl Drop for Ah {
+    fn drop(&mut self) {
+        // SAFETY: the AH is destroyed once, here.
+        unsafe { (library().ibv_destroy_ah)(self.raw.as_ptr()) };
+    }
+}
