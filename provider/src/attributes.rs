@@ -19,6 +19,8 @@ const MAX_MESSAGE: u32 = 1 << 30;
 /// 4 lanes of 25 Gbit/s: the codes of `ibv_devinfo`. Some programs refuse a port without a rate.
 const WIDTH_4X: u8 = 2;
 const SPEED_25G: u8 = 32;
+/// What devices without an OUI of their own say.
+const VENDOR: u32 = 0xff_ffff;
 /// `IBV_PORT_PHYS_STATE_LINK_UP`.
 const LINK_UP: u8 = 5;
 /// `IBV_QPF_GRH_REQUIRED`, in a header of rdma-core that is not installed.
@@ -38,6 +40,7 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.sys_image_guid = attr.node_guid;
     attr.max_mr_size = MAX_MR_SIZE;
     attr.page_size_cap = PAGE_SIZE_CAP;
+    attr.vendor_id = VENDOR;
     attr.max_qp = limit(welcome.limits.max_qp);
     attr.max_qp_wr = limit(wqe::MAX_WR);
     attr.device_cap_flags = ffi::IBV_DEVICE_CURR_QP_STATE_MOD

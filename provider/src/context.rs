@@ -22,9 +22,9 @@ use crate::bell::Bell;
 use crate::direct::Peers;
 pub(crate) use crate::error::OpenError;
 use crate::event::{AsyncEvents, Channels};
-use crate::gid::GidTable;
+use crate::gid::{self, GidTable};
 use crate::health::Health;
-use crate::hooks::CommandChannel;
+use crate::hooks::{self, CommandChannel};
 use crate::log::{self, Level};
 use crate::memory::Mover;
 use crate::router_link::{RouterLink, above_stdio};
@@ -126,8 +126,18 @@ fn failure(what: &'static str) -> impl Fn(io::Error) -> OpenError {
 }
 
 /// What a sysfs file of the device says while no device is open; `None` to let the file itself answer.
-pub(crate) fn sysfs_before_open(_file: &str) -> Option<String> {
-    None
+///
+/// Only the GUID matters then, and must be the one that the device says when it is open.
+pub(crate) fn sysfs_before_open(file: &str) -> Option<String> {
+    static GUID: OnceLock<Option<[u8; 8]>> = OnceLock::new();
+    if !gid::is_guid(file) {
+        return None;
+    }
+    let guid = GUID.get_or_init(|| {
+        let events = hooks::event_counter().ok()?;
+        open("ff0", events.as_fd()).ok().map(|context| context.welcome.guid)
+    });
+    guid.map(|guid| gid::guid_text(&guid))
 }
 
 impl Context {

@@ -162,8 +162,9 @@ pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
         if !own.rings.lock().is_empty() {
             return Err(Errno::BUSY);
         }
-        device.link.release(&Request::DestroyCq { cq: own.id })?;
+        // Without QPs it raises no more events; and its count of them ends when the router lets it go.
         forget(device, &own);
+        device.link.release(&Request::DestroyCq { cq: own.id })?;
         let (delivered, reported) = (&own.events.delivered, &own.events.async_delivered);
         // SAFETY: libibverbs initialised both when it created the CQ, and signals at each acknowledgement.
         unsafe {

@@ -27,8 +27,8 @@ pub(crate) struct GidTable(Mutex<Option<(Instant, Vec<Gid>)>>);
 impl GidTable {
     /// What the file `file` of the device says; `None` for files that are not answered here.
     pub(crate) fn sysfs(&self, link: &RouterLink, guid: [u8; 8], file: &str) -> Option<String> {
-        if file == "node_guid" || file == "sys_image_guid" {
-            return Some(format!("{}\n", colons(&guid)));
+        if is_guid(file) {
+            return Some(guid_text(&guid));
         }
         let file = file.strip_prefix("ports/1/")?;
         if let Some(index) = file.strip_prefix("gids/") {
@@ -60,6 +60,16 @@ impl GidTable {
         let (_, gids) = cache.as_ref()?;
         Some(gids.get(index).copied().unwrap_or_default())
     }
+}
+
+/// Whether this file holds the node's GUID.
+pub(crate) fn is_guid(file: &str) -> bool {
+    file == "node_guid" || file == "sys_image_guid"
+}
+
+/// A GUID as sysfs writes it.
+pub(crate) fn guid_text(guid: &[u8; 8]) -> String {
+    format!("{}\n", colons(guid))
 }
 
 /// Hexadecimal digits in groups of four, as sysfs writes GIDs and GUIDs.
