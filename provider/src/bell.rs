@@ -64,4 +64,10 @@ impl Bell {
     pub(crate) fn health(&self) -> &Health {
         &self.health
     }
+
+    /// Whether a bit is set that the router has not taken.
+    #[cfg(test)]
+    pub(crate) fn is_pending(&self) -> bool {
+        self.doorbells.pending()
+    }
 }

@@ -6,7 +6,7 @@
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{Mode as FileMode, OFlags};
 use verbs_abi::ffi_private::{AsyncEventDesc, CompEventDesc};
@@ -50,7 +50,7 @@ pub(crate) struct Context {
     /// The clients whose QPs this one executes on directly.
     pub(crate) peers: Peers,
     gids: GidTable,
-    watched: OnceLock<watch::Ticket>,
+    watched: Mutex<Option<watch::Ticket>>,
 }
 
 /// Opens the device of this name; `events` is its async descriptor, one count an event.
@@ -75,14 +75,14 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),
         gids: GidTable::default(),
-        watched: OnceLock::new(),
+        watched: Mutex::default(),
         link,
         welcome,
         arena,
     });
     match watch::add(&context, context.link.fd()) {
         Ok(ticket) => {
-            let _ = context.watched.set(ticket);
+            *context.watched.lock().unwrap_or_else(PoisonError::into_inner) = Some(ticket);
         }
         // Everything works but hearing of the router's death while asleep.
         Err(error) => log::say(Level::Warn, format_args!("cannot start a thread: {error}")),
@@ -157,16 +157,29 @@ impl Context {
             return;
         }
         log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
+        for qp in self.events.elements().qps.values() {
+            qp.fail();
+        }
         self.events.raise(EventType::DeviceFatal, 0);
         self.channels.wake_all();
+    }
+
+    /// Ends the client, although a completion channel that was not destroyed may keep this value alive.
+    pub(crate) fn end(&self) {
+        if self.health().is_child() {
+            return;
+        }
+        let ticket = self.watched.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(ticket) = ticket {
+            watch::remove(ticket);
+        }
+        self.link.end();
     }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        if let Some(ticket) = self.watched.take() {
-            watch::remove(ticket);
-        }
+        self.end();
         // A QP that was never destroyed and its CQs refer to each other.
         let abandoned = std::mem::take(&mut *self.events.elements());
         for qp in abandoned.qps.values() {

@@ -42,6 +42,11 @@ pub(crate) struct Cq {
 }
 
 impl Cq {
+    /// A CQ without rings.
+    pub(crate) fn new(id: u32, events: Arc<CqEvents>, bell: &Arc<Bell>, channel: Option<Arc<Channel>>) -> Cq {
+        Cq { id, events, rings: Lock::new(Rings::default()), bell: Arc::clone(bell), channel }
+    }
+
     /// The CQ that C names.
     ///
     /// # Safety
@@ -143,8 +148,7 @@ pub(crate) unsafe fn new(
         channel.attach(&events);
     }
     device.events.elements().cqs.insert(id, Arc::clone(&events));
-    let bell = Arc::clone(&device.bell);
-    let cq = Arc::new(Cq { id, events, rings: Lock::new(Rings::default()), bell, channel });
+    let cq = Arc::new(Cq::new(id, events, &device.bell, channel));
     // SAFETY: just allocated; the public part is integers, pointers and optional functions, so zero is a value.
     unsafe {
         object.write(CqObject { public: std::mem::zeroed(), room: [0; 16], cq });

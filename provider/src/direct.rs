@@ -48,6 +48,11 @@ impl Direct {
     pub(crate) fn pause(&self) -> Paused<'_> {
         Paused(self.0.lock())
     }
+
+    /// The same where no thread executes just now.
+    pub(crate) fn try_pause(&self) -> Option<Paused<'_>> {
+        self.0.try_lock().map(Paused)
+    }
 }
 
 /// A QP that its owner does not execute now.

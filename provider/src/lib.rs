@@ -33,3 +33,6 @@ mod qp_attr;
 mod router_link;
 mod watch;
 mod wr;
+
+#[cfg(test)]
+mod testbed;

@@ -44,7 +44,10 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
 
 unsafe extern "C" fn free_context(context: *mut ibv_context) {
     // SAFETY: libibverbs passes an open context of ours, for the last time.
-    edge::value((), || unsafe { device::close(context) });
+    edge::value((), || unsafe {
+        device::state(context).end();
+        device::close(context);
+    });
 }
 
 unsafe extern "C" fn query_device(context: *mut ibv_context, attributes: *mut ibv_device_attr) -> c_int {

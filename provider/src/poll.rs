@@ -28,12 +28,17 @@ struct Ring {
     qp: Arc<Qp>,
     side: Side,
     is_pending: bool,
+    /// The provider completes what is outstanding; what a direct peer may still publish comes too late.
+    is_flushed: bool,
 }
 
 impl Ring {
     /// Takes up to `limit` completions.
     #[inline]
     fn drain(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+        if self.is_flushed {
+            return 0;
+        }
         for taken in 0..limit {
             let Some(cqe) = self.reader.pop() else { return taken };
             self.qp.free(self.side, cqe.wqe);
@@ -67,7 +72,8 @@ impl Rings {
             self.by_slot.resize_with(at + 1, || None);
         }
         let reader = qp.completions(side);
-        self.by_slot[at] = Some(Ring { reader, qp: Arc::clone(qp), side, is_pending: false });
+        let ring = Ring { reader, qp: Arc::clone(qp), side, is_pending: false, is_flushed: false };
+        self.by_slot[at] = Some(ring);
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
     }
@@ -146,8 +152,16 @@ impl Rings {
     pub(crate) fn flush(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
         let mut taken = 0;
         for &slot in &self.slots {
-            let Some(ring) = &mut self.by_slot[slot as usize] else { continue };
+            let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) else { continue };
+            // Whoever holds the own seat is executing; the next poll finds it. Then nobody begins any more.
+            let qp = Arc::clone(&ring.qp);
+            qp.fail();
+            let Some(_paused) = qp.direct.try_pause() else { continue };
             taken += ring.drain(limit - taken, emit);
+            if taken == limit {
+                break;
+            }
+            ring.is_flushed = true;
             while taken < limit
                 && let Some(cqe) = ring.qp.flush_oldest(ring.side)
             {
@@ -164,3 +178,6 @@ impl Rings {
         rings.any(|ring| ring.qp.outstanding(ring.side) > 0)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -389,3 +389,6 @@ fn check_recv(qp: &Qp) -> Result<(), Errno> {
     let state = QpState::try_from(qp.state()).map_err(|_| Errno::INVAL)?;
     if state.may_post_recv() { Ok(()) } else { Err(Errno::INVAL) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{self, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex};
 use verbs_abi::proto::{Answer, CreateQp, NewQp, QpCap, Request};
+use verbs_abi::shm::Window;
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
 use verbs_abi::shm::queue::{Geometry, QueueArea};
 use verbs_abi::verbs::{Opcode, QpState, QpType, WcStatus};
@@ -17,7 +18,6 @@ use crate::abi::edge::{self, Errno};
 use crate::abi::layout::VERBS_QP_EX;
 use crate::abi::library::Verbs;
 use crate::bell::Bell;
-use crate::context::Context;
 use crate::cq::Cq;
 use crate::device;
 use crate::direct::Direct;
@@ -55,6 +55,13 @@ const SEND_OPS: u64 = (ffi::IBV_QP_EX_WITH_RDMA_WRITE
 pub(crate) struct QpObject {
     public: [u64; 64],
     qp: Arc<Qp>,
+}
+
+impl QpObject {
+    /// An object whose public part is zero.
+    pub(crate) fn new(qp: &Arc<Qp>) -> QpObject {
+        QpObject { public: [0; 64], qp: Arc::clone(qp) }
+    }
 }
 
 /// A QP.
@@ -111,6 +118,11 @@ impl Qp {
     /// The address of its `ibv_qp`.
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// Ends it, the router being dead: nobody executes on it from now on, direct peers included.
+    pub(crate) fn fail(&self) {
+        self.area.header.state().store(QpState::Err.value(), Ordering::SeqCst);
     }
 
     /// Its state, as the router last said.
@@ -179,7 +191,12 @@ impl Qp {
 
     /// Completes the oldest outstanding WQE as flushed, the router being dead. The caller holds the CQ's lock.
     pub(crate) fn flush_oldest(&self, side: Side) -> Option<Cqe> {
-        let at = self.freed(side).load(Ordering::Acquire);
+        let mut at = self.freed(side).load(Ordering::Acquire);
+        if side == Side::Send {
+            // Work that was done in silence stays done.
+            let done = self.area.header.sq_done().load(Ordering::Acquire);
+            at = at.max(done.min(self.send.try_lock()?.posted()));
+        }
         // Whoever holds the lock is posting; the next poll finds it.
         let (wr_id, opcode) = match side {
             Side::Send => self.send.try_lock()?.read(&self.area, at)?,
@@ -274,14 +291,14 @@ unsafe fn new(pd: *mut ibv_pd, attr: &ibv_qp_init_attr, extended: bool) -> Resul
     });
     let (Answer::Qp(given), _) = device.link.ask(&request, &[])? else { return Err(Errno::PROTO) };
     let object = Box::into_raw(Box::<QpObject>::new_uninit()).cast::<QpObject>();
-    let Some(qp) = build(device, object as u64, &given, limits, send_cq, recv_cq) else {
+    let Some(qp) = build(&device.arena, &device.bell, object as u64, &given, limits, send_cq, recv_cq) else {
         // SAFETY: allocated above, and nobody else has it.
         drop(unsafe { Box::from_raw(object.cast::<std::mem::MaybeUninit<QpObject>>()) });
         return Err(Errno::PROTO);
     };
     // SAFETY: just allocated.
     unsafe {
-        object.write(QpObject { public: [0; 64], qp: Arc::clone(&qp) });
+        object.write(QpObject::new(&qp));
         show(object, pd, attr, &qp);
     }
     if extended {
@@ -293,7 +310,7 @@ unsafe fn new(pd: *mut ibv_pd, attr: &ibv_qp_init_attr, extended: bool) -> Resul
 }
 
 /// What the attributes ask for, if the device has it.
-fn limits(attr: &ibv_qp_init_attr) -> Result<Limits, Errno> {
+pub(crate) fn limits(attr: &ibv_qp_init_attr) -> Result<Limits, Errno> {
     let qp_type = QpType::try_from(attr.qp_type).map_err(|_| Errno::INVAL)?;
     if !matches!(qp_type, QpType::Rc | QpType::Uc | QpType::Ud) || !attr.srq.is_null() {
         return Err(Errno::OPNOTSUPP);
@@ -307,21 +324,22 @@ fn limits(attr: &ibv_qp_init_attr) -> Result<Limits, Errno> {
 }
 
 /// The QP that the router has given, attached to its CQs. `None` when what it gave lies outside the arena.
-fn build(
-    device: &Context,
+pub(crate) fn build(
+    arena: &Window,
+    bell: &Arc<Bell>,
     address: u64,
     given: &NewQp,
     limits: Limits,
     send_cq: Arc<Cq>,
     recv_cq: Arc<Cq>,
 ) -> Option<Arc<Qp>> {
-    let area = QueueArea::new(&device.arena, given.offset, given.geometry)?;
+    let area = QueueArea::new(arena, given.offset, given.geometry)?;
     let qp = Arc::new(Qp {
         number: given.qpn,
         slot: given.slot,
         address,
         area,
-        bell: Arc::clone(&device.bell),
+        bell: Arc::clone(bell),
         limits,
         send: Lock::new(SendQueue::new(limits.cap.max_send_wr)),
         recv: Lock::new(RecvQueue::new()),

@@ -120,17 +120,14 @@ impl RouterLink {
         }
     }
 
+    /// Ends the connection. A forked child may still have the descriptor: closing ours alone would end nothing.
+    pub(crate) fn end(&self) {
+        self.health.mark_dead();
+        let _ = rustix::net::shutdown(&*self.endpoint(), Shutdown::Both);
+    }
+
     fn endpoint(&self) -> MutexGuard<'_, Endpoint> {
         self.endpoint.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for RouterLink {
-    fn drop(&mut self) {
-        // A forked child may still have the descriptor: closing ours alone would end nothing.
-        if !self.health.is_child() {
-            let _ = rustix::net::shutdown(&*self.endpoint(), Shutdown::Both);
-        }
     }
 }
 
