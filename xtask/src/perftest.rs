@@ -24,11 +24,10 @@ impl Row {
         (self.values.len() == 7).then(|| self.values[2])
     }
 
-    /// What the test measures: bandwidth or latency, whatever its mode; it must be a positive number.
-    pub fn figure(&self) -> Option<f64> {
-        // A latency test by duration prints the average and the rate.
-        let by_duration = (self.values.len() == 2).then(|| self.values[0]);
-        self.bandwidth().or(self.latency()).or(by_duration)
+    /// Whether the test measured anything. Two decimals of MiB/s may round a small message's bandwidth to nothing,
+    /// the message rate beside it has six.
+    pub fn has_figures(&self) -> bool {
+        self.values.iter().any(|&value| value > 0.0)
     }
 }
 
@@ -84,7 +83,14 @@ mod tests {
     fn a_latency_table_is_read() {
         let row = single_row(LATENCY).unwrap();
         assert_eq!((row.bytes, row.latency(), row.bandwidth()), (8, Some(1.91), None));
-        assert_eq!(row.figure(), Some(1.91));
+        assert!(row.has_figures());
+    }
+
+    #[test]
+    fn a_rate_alone_is_a_figure() {
+        assert!(row("2 10 0.00 0.00 0.001292").unwrap().has_figures());
+        assert!(!row("2 10 0.00 0.00 0.000000").unwrap().has_figures());
+        assert!(!row("2 10").unwrap().has_figures());
     }
 
     #[test]
