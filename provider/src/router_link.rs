@@ -17,7 +17,9 @@ use crate::abi::edge::Errno;
 use crate::error::{self, OpenError};
 use crate::health::Health;
 
-/// How long a router may take to answer.
+/// How long a router may take to answer the first request: a program is waiting to hear whether there is one.
+const GREETING: Duration = Duration::from_secs(4);
+/// How long it may take to answer later.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connection to the router.
@@ -67,7 +69,11 @@ impl RouterLink {
         let path = || self.path.clone();
         let reply = endpoint.send(request, fds).and_then(|()| endpoint.recv::<Reply>());
         match reply {
-            Ok((Ok(answer), fds)) => Ok((answer, fds)),
+            Ok((Ok(answer), fds)) => {
+                // Where it cannot be set, the shorter time stays.
+                let _ = set_socket_timeout(&*endpoint, Timeout::Recv, Some(PATIENCE));
+                Ok((answer, fds))
+            }
             Ok((Err(errno), _)) if errno == libc::EPROTONOSUPPORT => Err(OpenError::Version { path: path() }),
             Ok((Err(errno), _)) => Err(OpenError::Refused { path: path(), errno: error::from_router(errno) }),
             Err(source) => Err(OpenError::Silent { path: path(), source }),
@@ -154,9 +160,9 @@ fn connect(path: &Path) -> Result<OwnedFd, Errno> {
     let kind = SocketType::SEQPACKET;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     let socket = above_stdio(socket)?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(GREETING))?;
     // It bounds the wait for a place in the router's queue, too.
-    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+    set_socket_timeout(&socket, Timeout::Send, Some(GREETING))?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
