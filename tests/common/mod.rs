@@ -6,8 +6,10 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 pub(crate) mod container;
+pub(crate) mod daemon;
 pub(crate) mod device;
 pub(crate) mod pingpong;
+pub(crate) mod probe;
 pub(crate) mod rootfs;
 
 use std::{
