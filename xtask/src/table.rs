@@ -1,4 +1,4 @@
-//! Tables for a terminal: columns as wide as their widest cell, numbers to the right.
+//! Tables for a terminal: columns as wide as their widest cell, numbers to the right, but remarks at the end.
 
 use std::fmt;
 
@@ -29,7 +29,8 @@ impl fmt::Display for Table {
         for (index, row) in self.rows.iter().enumerate() {
             let cells = row.iter().enumerate().map(|(column, cell)| {
                 let width = self.width(column);
-                let is_number = cell.starts_with(|first: char| first.is_ascii_digit());
+                let is_number =
+                    column + 1 < row.len() && cell.starts_with(|first: char| first.is_ascii_digit());
                 if is_number { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
             });
             writeln!(formatter, "  {}", cells.collect::<Vec<_>>().join("   ").trim_end())?;
@@ -48,10 +49,11 @@ mod tests {
 
     #[test]
     fn columns_are_aligned() {
-        let mut table = Table::new(&["what", "value"]);
-        table.row(vec!["write".to_owned(), "1.5 us".to_owned()]);
-        table.row(vec!["x".to_owned(), "100.5 us".to_owned()]);
-        let text = table.to_string();
-        assert_eq!(text, "  what    value\n  ----------------\n  write     1.5 us\n  x       100.5 us\n");
+        let mut table = Table::new(&["what", "value", "remark"]);
+        table.row(vec!["write".to_owned(), "1.5 us".to_owned(), "2 ends".to_owned()]);
+        table.row(vec!["x".to_owned(), "100.5 us".to_owned(), "none".to_owned()]);
+        let expected = "  what    value      remark\n  -------------------------\n  \
+                        write     1.5 us   2 ends\n  x       100.5 us   none\n";
+        assert_eq!(table.to_string(), expected);
     }
 }
