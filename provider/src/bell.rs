@@ -1,10 +1,9 @@
 //! Telling the router that a QP has something new, and giving the processor to whoever can go on with it.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use verbs_abi::shm::doorbell::Doorbells;
-use verbs_abi::shm::lane::LanePage;
+use verbs_abi::shm::lane::{LanePage, WakeWord};
 
 use crate::health::Health;
 
@@ -16,7 +15,7 @@ const FEW_CORES: usize = 2;
 pub(crate) struct Bell {
     doorbells: Doorbells,
     lane: LanePage,
-    wake: OwnedFd,
+    word: WakeWord,
     is_crowded: bool,
     health: Arc<Health>,
 }
@@ -26,13 +25,13 @@ impl Bell {
     pub(crate) fn new(
         doorbells: Doorbells,
         lane: LanePage,
-        wake: OwnedFd,
+        word: WakeWord,
         cores: u32,
         health: Arc<Health>,
     ) -> Bell {
         let ours = std::thread::available_parallelism().map_or(1, usize::from);
         let is_crowded = ours.min(cores as usize) <= FEW_CORES;
-        Bell { doorbells, lane, wake, is_crowded, health }
+        Bell { doorbells, lane, word, is_crowded, health }
     }
 
     /// Says that QP `slot` has something new; a full fence. Wakes the router if it sleeps.
@@ -46,8 +45,7 @@ impl Bell {
 
     #[cold]
     fn wake(&self) {
-        // A full counter wakes as well, so a failure changes nothing.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        self.word.wake();
         self.step_aside();
     }
 

@@ -13,7 +13,7 @@ use verbs_abi::ffi_private::{AsyncEventDesc, CompEventDesc};
 use verbs_abi::proto::{Answer, Mode, Request, Welcome};
 use verbs_abi::shm::doorbell::Doorbells;
 use verbs_abi::shm::events::EventReader;
-use verbs_abi::shm::lane::LanePage;
+use verbs_abi::shm::lane::{LanePage, WakeWord};
 use verbs_abi::shm::{LAYOUT_VERSION, PAGE, Window, arena};
 use verbs_abi::verbs::EventType;
 
@@ -64,13 +64,14 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         return Err(OpenError::Version { path: link.path().to_owned() });
     }
     let lane = LanePage::new(map(lane, PAGE, false)?);
+    let word = WakeWord::new(map(wake, PAGE, true)?);
     let known = "arena::is_known checks the length";
     let doorbells = Doorbells::new(&arena).expect(known);
     let router_events = EventReader::new(&arena).expect(known);
     let counter = events.try_clone_to_owned().map_err(failure("copy the async descriptor"))?;
     let context = Arc::new(Context {
         mover: Mover::new(region).map_err(failure("move memory"))?,
-        bell: Arc::new(Bell::new(doorbells, lane, wake, welcome.cores, health)),
+        bell: Arc::new(Bell::new(doorbells, lane, word, welcome.cores, health)),
         channels: Channels::default(),
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),

@@ -20,7 +20,7 @@ use crate::lock::Lock;
 use crate::poll::Rings;
 
 /// Polls that find nothing before the thread steps aside.
-const IDLE_POLLS: u32 = 32;
+const IDLE_POLLS: u32 = 1024;
 
 /// A CQ as C sees it: the public part first, room for what later releases append to it, and ours.
 #[repr(C)]

@@ -65,7 +65,14 @@ impl Paused<'_> {
     }
 
     /// Connects the QP directly with its peer, as the router offers. A failure leaves the router to execute.
-    pub(crate) fn connect(&mut self, device: &Context, qp: &Qp, pd: u32, peer: &DirectPeer, fds: Vec<OwnedFd>) {
+    pub(crate) fn connect(
+        &mut self,
+        device: &Context,
+        qp: &Qp,
+        pd: u32,
+        peer: &DirectPeer,
+        fds: Vec<OwnedFd>,
+    ) {
         match Seat::new(device, qp, pd, peer, fds) {
             Ok(seat) => *self.0 = Some(Box::new(seat)),
             Err(error) => {
@@ -202,7 +209,8 @@ impl Seat {
     fn new(device: &Context, qp: &Qp, pd: u32, to: &DirectPeer, fds: Vec<OwnedFd>) -> std::io::Result<Seat> {
         let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidData);
         let mut fds = fds.into_iter();
-        let (arena, region, bell) = (fds.next().ok_or_else(invalid)?, fds.next().ok_or_else(invalid)?, fds.next());
+        let (arena, region, bell) =
+            (fds.next().ok_or_else(invalid)?, fds.next().ok_or_else(invalid)?, fds.next());
         let peer = device.peers.find(to.client, &arena, region)?;
 
         let sends = qp.own_sends();

@@ -9,7 +9,7 @@ use verbs_abi::proto::NewQp;
 use verbs_abi::shm::cq::{CQ_LEN, CqArea};
 use verbs_abi::shm::cqe::{CompletionWriter, Cqe};
 use verbs_abi::shm::doorbell::Doorbells;
-use verbs_abi::shm::lane::LanePage;
+use verbs_abi::shm::lane::{LanePage, WakeWord};
 use verbs_abi::shm::queue::Geometry;
 use verbs_abi::shm::{PAGE, Window, arena};
 use verbs_abi::verbs::QpState;
@@ -35,9 +35,9 @@ impl Bed {
         let arena = Window::heap(8 << 20);
         let health = Arc::new(Health::new().unwrap());
         let lane = LanePage::new(Window::heap(PAGE));
-        let wake = crate::hooks::event_counter().unwrap();
+        let word = WakeWord::new(Window::heap(PAGE));
         let doorbells = Doorbells::new(&arena).unwrap();
-        let bell = Arc::new(Bell::new(doorbells, lane, wake, 64, Arc::clone(&health)));
+        let bell = Arc::new(Bell::new(doorbells, lane, word, 64, Arc::clone(&health)));
         Bed { arena, heap: Cell::new(arena::MR_TABLE), slots: Cell::new(0), bell, health }
     }
 

@@ -2,11 +2,10 @@
 //!
 //! ```text
 //! awake:  lock, collect doorbells, run a few turns, unlock; again while there is work
-//! asleep: flag on the lane page, one more look, then epoll: doorbell eventfds, control eventfd, timer
+//! asleep: flag on the lane page, one more look, then sleep on the wake word until it changes or a timer is due
 //! ```
 //!
-//! Nothing a client does can stop a lane: doorbells are never read (edge-triggered: a client could take the
-//! count away between the look and the read), clients are rung without waiting (`bell`).
+//! Nothing a client does can stop a lane: it reads bits and words only, and rings clients without waiting (`bell`).
 //! Leaves to others: what a turn does (engine), what clients ask for (sessions).
 
 use std::{
@@ -22,15 +21,8 @@ use std::{
 
 use engine::Fabric;
 use parking_lot::{Mutex, MutexGuard};
-use rustix::{
-    event::{EventfdFlags, epoll, eventfd},
-    io::Errno,
-    time::{
-        ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
-        timerfd_create, timerfd_settime,
-    },
-};
-use verbs_abi::shm::lane::LanePage;
+use rustix::time::{ClockId, clock_gettime};
+use verbs_abi::shm::lane::{LanePage, WakeWord};
 
 use crate::{memory::ClientMemory, segment};
 
@@ -51,9 +43,8 @@ pub(crate) struct Lane {
     waiters: AtomicUsize,
     page: LanePage,
     page_file: OwnedFd,
-    epoll: OwnedFd,
-    control: OwnedFd,
-    timer: OwnedFd,
+    word: WakeWord,
+    word_file: OwnedFd,
     stopping: AtomicBool,
     sleeps: AtomicU64,
 }
@@ -62,19 +53,17 @@ impl Lane {
     /// A lane that does not run yet.
     pub(crate) fn new() -> io::Result<Arc<Self>> {
         let (page, page_file) = segment::lane_page()?;
+        let (word, word_file) = segment::wake_page()?;
         let lane = Self {
             fabric: Mutex::new(Fabric::new()),
             waiters: AtomicUsize::new(0),
             page,
             page_file,
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            control: doorbell()?,
-            timer: timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?,
+            word,
+            word_file,
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
         };
-        lane.watch(&lane.control)?;
-        lane.watch(&lane.timer)?;
         Ok(Arc::new(lane))
     }
 
@@ -90,7 +79,7 @@ impl Lane {
     /// Ends the thread soon.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        self.nudge();
+        self.word.wake();
     }
 
     /// Does something to the fabric between two turns, and lets the lane see what follows from it.
@@ -102,21 +91,9 @@ impl Lane {
         drop(fabric);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
         if self.page.is_asleep() {
-            self.nudge();
+            self.word.wake();
         }
         result
-    }
-
-    /// Wakes the lane when this eventfd is written to. It is not read; closing every copy of it ends this.
-    pub(crate) fn watch(&self, doorbell: impl AsFd) -> io::Result<()> {
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        Ok(epoll::add(&self.epoll, doorbell, epoll::EventData::new_u64(0), flags)?)
-    }
-
-    /// Ends [`Self::watch`].
-    pub(crate) fn unwatch(&self, doorbell: impl AsFd) {
-        // It was added, and a failure could only mean that it is gone.
-        let _ = epoll::delete(&self.epoll, doorbell);
     }
 
     /// The lane page for clients.
@@ -124,20 +101,19 @@ impl Lane {
         self.page_file.as_fd()
     }
 
+    /// The wake page for clients.
+    pub(crate) fn wake_file(&self) -> BorrowedFd<'_> {
+        self.word_file.as_fd()
+    }
+
     /// Times the lane went to sleep.
     pub(crate) fn sleeps(&self) -> u64 {
         self.sleeps.load(Ordering::Relaxed)
     }
 
-    fn nudge(&self) {
-        // Never full: nobody else has this eventfd, and it is written to a few times a second.
-        let _ = rustix::io::write(&self.control, &1u64.to_ne_bytes());
-    }
-
     fn serve(&self) {
         raise_priority();
         let spin = thread::available_parallelism().map_or(1, usize::from) >= CORES_TO_SPIN;
-        let mut armed = None;
         let mut idle_since = None;
         while !self.stopping.load(Ordering::SeqCst) {
             if self.turns().0 {
@@ -148,10 +124,11 @@ impl Lane {
                 std::hint::spin_loop();
                 continue;
             }
+            let seen = self.word.seen();
             self.page.set_asleep(true);
             let (more, timer) = self.turns();
             if !more && !self.stopping.load(Ordering::SeqCst) {
-                self.sleep(timer, &mut armed);
+                self.sleep(seen, timer);
             }
             self.page.set_asleep(false);
             idle_since = None;
@@ -176,42 +153,14 @@ impl Lane {
         (more, timer)
     }
 
-    /// Waits for a doorbell, a change or `timer`. `armed` is what the kernel's timer is set to.
-    fn sleep(&self, timer: Option<u64>, armed: &mut Option<u64>) {
-        if timer.is_some_and(|timer| timer <= now()) {
-            return;
-        }
-        if timer != *armed {
-            *armed = self.arm(timer).is_ok().then_some(timer).flatten();
-        }
-        self.sleeps.fetch_add(1, Ordering::Relaxed);
-        let mut events =
-            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
-        // Without a timer that could be set, look again soon rather than never.
-        let bound = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-        let bound = (timer.is_some() && armed.is_none()).then_some(&bound);
-        match epoll::wait(&self.epoll, &mut events, bound) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => tracing::error!(%error, "the lane cannot wait"),
+    /// Waits until the wake word is no longer what was seen, or `timer` is due.
+    fn sleep(&self, seen: u32, timer: Option<u64>) {
+        let timeout = timer.map(|timer| Duration::from_nanos(timer.saturating_sub(now())));
+        if timeout != Some(Duration::ZERO) {
+            self.sleeps.fetch_add(1, Ordering::Relaxed);
+            self.word.sleep(seen, timeout);
         }
     }
-
-    /// Sets the timer to a moment, or to never.
-    fn arm(&self, timer: Option<u64>) -> io::Result<()> {
-        let never = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let moment = timer.map_or(never, |ns| Timespec {
-            tv_sec: (ns / 1_000_000_000) as i64,
-            tv_nsec: (ns % 1_000_000_000) as i64,
-        });
-        let setting = Itimerspec { it_interval: never, it_value: moment };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &setting)?;
-        Ok(())
-    }
-}
-
-/// A new doorbell eventfd.
-pub(crate) fn doorbell() -> io::Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?)
 }
 
 /// The fabric's clock: CLOCK_MONOTONIC in nanoseconds.
@@ -223,11 +172,15 @@ pub(crate) fn now() -> u64 {
 fn raise_priority() {
     // SAFETY: the call changes the scheduling of the calling thread and touches no memory.
     let raised = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } == 0;
-    tracing::debug!(raised, "priority of the lane");
+    // SAFETY: as above; the default slack of 50 us would blur short RNR timers.
+    let precise = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) } == 0;
+    tracing::debug!(raised, precise, "scheduling of the lane");
 }
 
 #[cfg(test)]
 mod tests {
+    use verbs_abi::shm::{PAGE, Window};
+
     use super::*;
 
     struct Ended(std::sync::mpsc::Sender<()>);
@@ -255,18 +208,12 @@ mod tests {
         let thread = lane.start(Ended(sender)).unwrap();
         slept(&lane, 1);
         assert!(lane.page.is_asleep());
-        for bell in 0..20 {
+        let file = lane.wake_file().try_clone_to_owned().unwrap();
+        let client = WakeWord::new(Window::map(&file, 0, PAGE, true).unwrap());
+        for _ in 0..20 {
             let before = lane.sleeps();
-            let doorbell = doorbell().unwrap();
-            lane.watch(&doorbell).unwrap();
-            // Each write wakes it, though nobody takes the count away.
-            for more in 1..3 {
-                rustix::io::write(&doorbell, &1u64.to_ne_bytes()).unwrap();
-                slept(&lane, before + more);
-            }
-            if bell % 2 == 0 {
-                lane.unwatch(&doorbell);
-            }
+            client.wake();
+            slept(&lane, before + 1);
         }
         let before = lane.sleeps();
         lane.with(|_| ());
@@ -278,14 +225,14 @@ mod tests {
     }
 
     #[test]
-    fn the_timer_wakes_and_is_set_once() {
+    fn the_timer_wakes() {
         let lane = Lane::new().unwrap();
-        let mut armed = None;
         let start = now();
-        lane.sleep(Some(start + 20_000_000), &mut armed);
-        assert!(now() >= start + 20_000_000);
-        assert_eq!(armed, Some(start + 20_000_000));
-        lane.sleep(Some(start), &mut armed);
-        assert_eq!(armed, Some(start + 20_000_000), "a moment that has passed needs no timer");
+        while now() < start + 20_000_000 {
+            lane.sleep(lane.word.seen(), Some(start + 20_000_000));
+        }
+        let slept = lane.sleeps();
+        lane.sleep(lane.word.seen(), Some(start));
+        assert_eq!(lane.sleeps(), slept, "a moment that has passed needs no sleep");
     }
 }

@@ -6,7 +6,10 @@ use rustix::{
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
     io::Errno,
 };
-use verbs_abi::shm::{PAGE, Window, lane::LanePage};
+use verbs_abi::shm::{
+    PAGE, Window,
+    lane::{LanePage, WakeWord},
+};
 
 /// A sparse file of `len` bytes. Its size is sealed: a truncated file would be a SIGBUS in whoever maps it.
 pub(crate) fn sealed(name: &CStr, len: u64) -> io::Result<OwnedFd> {
@@ -24,6 +27,12 @@ pub(crate) fn lane_page() -> io::Result<(LanePage, OwnedFd)> {
     let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     fcntl_add_seals(&file, seals | SealFlags::FUTURE_WRITE)?;
     Ok((LanePage::new(window), file))
+}
+
+/// The word that a lane sleeps on, and a file by which clients wake it.
+pub(crate) fn wake_page() -> io::Result<(WakeWord, OwnedFd)> {
+    let file = sealed(c"freeflow-wake", PAGE as u64)?;
+    Ok((WakeWord::new(Window::map(&file, 0, PAGE, true)?), file))
 }
 
 /// A file with `bytes` in it, read from its start.

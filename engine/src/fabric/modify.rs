@@ -10,7 +10,7 @@ use super::{Fabric, GID_TABLE_LEN, MAX_RD_ATOMIC, Modified, Qp};
 use crate::{Memory, requester::Retries};
 
 /// How soon to look again at a seat whose owner runs, ns.
-const LOOK_AGAIN: u64 = 50_000;
+const LOOK_AGAIN: u64 = 1_000_000;
 const EINVAL: i32 = 22;
 const ENOENT: i32 = 2;
 

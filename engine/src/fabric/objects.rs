@@ -8,7 +8,7 @@ use verbs_abi::{
     verbs::{MigState, QpState, QpType},
 };
 
-use super::{Cq, Fabric, Qp, QpInit};
+use super::{Client, Cq, Fabric, Qp, QpInit};
 use crate::{Bell, CompletionQueue, Completions, Memory, Requester, Responder};
 
 const EINVAL: i32 = 22;
@@ -66,19 +66,28 @@ impl<M: Memory> Fabric<M> {
             return Err(EOPNOTSUPP);
         }
         let qpn = self.new_qpn().ok_or(ENOMEM)?;
-        let at = self.free_qps.pop().unwrap_or(self.qps.len());
+        let at = self.free_qps.last().copied().unwrap_or(self.qps.len());
         let owner = *self.client_index.get(&client).ok_or(EINVAL)?;
         let client = self.clients[owner].as_mut().ok_or(EINVAL)?;
         if !client.cqs.contains_key(&create.send_cq) || !client.cqs.contains_key(&create.recv_cq) {
             return Err(ENOENT);
         }
-        let slot = client.free_slots.pop().unwrap_or(client.slots.len() as u32);
+        let slot = client.free_slots.last().copied().unwrap_or(client.slots.len() as u32);
         if slot >= arena::MAX_QP {
             return Err(ENOMEM);
         }
         let mut take_ring = |cq: u32| client.cqs.get_mut(&cq).and_then(Cq::take_ring).ok_or(ENOMEM);
         let (send_cq, send_slot) = take_ring(create.send_cq)?;
-        let (recv_cq, recv_slot) = take_ring(create.recv_cq)?;
+        let (recv_cq, recv_slot) = match take_ring(create.recv_cq) {
+            Ok(taken) => taken,
+            Err(errno) => {
+                client.give_ring(create.send_cq, send_slot);
+                return Err(errno);
+            }
+        };
+        // Nothing fails from here on: what was only looked at is taken.
+        client.free_slots.pop();
+        self.free_qps.pop();
         if slot as usize == client.slots.len() {
             client.slots.push(None);
         }
@@ -147,10 +156,7 @@ impl<M: Memory> Fabric<M> {
             client.slots[qp.slot as usize] = None;
             client.free_slots.push(qp.slot);
             for (cq, ring) in [qp.create.send_cq, qp.create.recv_cq].into_iter().zip(qp.rings) {
-                if let Some(cq) = client.cqs.get_mut(&cq) {
-                    cq.free_rings.push(ring);
-                    cq.rings -= 1;
-                }
+                client.give_ring(cq, ring);
             }
         }
         Some((qp.offset, qp.geometry.len()))
@@ -166,6 +172,15 @@ impl<M: Memory> Fabric<M> {
             }
         }
         None
+    }
+}
+
+impl<M> Client<M> {
+    fn give_ring(&mut self, cq: u32, ring: u32) {
+        if let Some(cq) = self.cqs.get_mut(&cq) {
+            cq.free_rings.push(ring);
+            cq.rings -= 1;
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
     arena::Arena,
     bell::{EventBell, Ringer},
     identity::Peer,
-    lane::{self, Lane},
+    lane::Lane,
     memory::ClientMemory,
     region::Region,
     throttle::Throttle,
@@ -72,7 +72,6 @@ pub(crate) struct Client {
     pub(super) memory_limit: u64,
     pub(super) arena: Arena,
     pub(super) region: Region,
-    doorbell: OwnedFd,
     command: String,
     mode: Mode,
     /// Whether memory that is not shared can be reached.
@@ -118,8 +117,8 @@ impl Client {
         let process = peer.memory(fds.next());
         let reaches_process = process.is_some();
         let mode = if terms.direct { hello.mode } else { Mode::Isolated };
-        let made = || -> io::Result<_> { Ok((Arena::new()?, Region::new()?, lane::doorbell()?)) };
-        let (arena, region, doorbell) = made().map_err(|error| errno(&error))?;
+        let made = || -> io::Result<_> { Ok((Arena::new()?, Region::new()?)) };
+        let (arena, region) = made().map_err(|error| errno(&error))?;
         let gids = peer.gids();
         let fixed = arena.fixed();
         let parts = || Some((Doorbells::new(fixed)?, EventWriter::new(fixed)?, MrTable::new(fixed)?));
@@ -134,7 +133,6 @@ impl Client {
             memory,
             gids: gids.clone(),
         };
-        terms.lane.watch(&doorbell).map_err(|error| errno(&error))?;
         terms.lane.with(|fabric| fabric.open(hello.id, init));
         let client = Self {
             id: hello.id,
@@ -144,7 +142,6 @@ impl Client {
             memory_limit: terms.memory,
             arena,
             region,
-            doorbell,
             command: peer.command(),
             mode,
             reaches_process,
@@ -166,7 +163,7 @@ impl Client {
 
     /// The descriptors of the welcome, in the protocol's order.
     pub(crate) fn welcome_files(&self) -> [BorrowedFd<'_>; 4] {
-        [self.arena.as_fd(), self.region.as_fd(), self.lane.page_file(), self.doorbell.as_fd()]
+        [self.arena.as_fd(), self.region.as_fd(), self.lane.page_file(), self.lane.wake_file()]
     }
 
     /// The descriptors of a direct peer: arena, region, and the channel of one of its CQs, if that has one.
@@ -295,7 +292,6 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.lane.with(|fabric| fabric.close(self.id));
-        self.lane.unwatch(&self.doorbell);
         // Mappings and files go after this, without the lock.
     }
 }

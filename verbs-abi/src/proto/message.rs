@@ -231,7 +231,7 @@ pub type Reply = Result<Answer, i32>;
 pub enum Answer {
     /// Done.
     Done,
-    /// To [`Request::Hello`]. Descriptors: arena, region, lane page (read-only), doorbell eventfd.
+    /// To [`Request::Hello`]. Descriptors: arena, region, lane page (read-only), wake page.
     Hello(Welcome),
     /// To [`Request::Gids`].
     Gids(Vec<Gid>),
