@@ -160,6 +160,11 @@ impl Context {
         if !readable(self.async_fd(), timeout) {
             return Ok(None);
         }
+        Ok(Some(self.try_async_event()?))
+    }
+
+    /// Takes the next async event and acknowledges it, blocking as its descriptor does.
+    pub(crate) fn try_async_event(&self) -> Result<AsyncEvent, Errno> {
         let mut event = ibv_async_event::default();
         // SAFETY: the context is alive, the event is ours.
         check("ibv_get_async_event", unsafe { (library().ibv_get_async_event)(self.raw(), &mut event) })?;
@@ -167,7 +172,7 @@ impl Context {
         let element = unsafe { event.element.qp } as usize;
         // SAFETY: the event came from ibv_get_async_event and is acknowledged once.
         unsafe { (library().ibv_ack_async_event)(&mut event) };
-        Ok(Some(AsyncEvent { kind: event.event_type, element }))
+        Ok(AsyncEvent { kind: event.event_type, element })
     }
 }
 
@@ -297,15 +302,34 @@ impl Channel {
         readable(unsafe { self.raw.as_ref() }.fd, timeout)
     }
 
+    pub(crate) fn fd(&self) -> c_int {
+        // SAFETY: the channel is alive.
+        unsafe { self.raw.as_ref() }.fd
+    }
+
     /// Blocks for an event of any CQ, acknowledges it, and tells the CQ's address.
     pub(crate) fn event(&self) -> Result<usize, Errno> {
+        Ok(self.take_event()?.0 as usize)
+    }
+
+    /// Blocks for an event that is acknowledged when it is dropped.
+    pub(crate) fn take_event(&self) -> Result<CqEvent, Errno> {
         let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel is alive, both results are ours.
         let code = unsafe { (library().ibv_get_cq_event)(self.raw.as_ptr(), &mut cq, &mut context) };
         check("ibv_get_cq_event", code)?;
-        // SAFETY: the CQ of the event is alive: it may not be destroyed before this acknowledgement.
-        unsafe { (library().ibv_ack_cq_events)(cq, 1) };
-        Ok(cq as usize)
+        Ok(CqEvent(cq))
+    }
+}
+
+/// A completion event that is not yet acknowledged.
+#[derive(Debug)]
+pub(crate) struct CqEvent(*mut ibv_cq);
+
+impl Drop for CqEvent {
+    fn drop(&mut self) {
+        // SAFETY: the CQ of the event is alive: its destruction waits for this acknowledgement.
+        unsafe { (library().ibv_ack_cq_events)(self.0, 1) };
     }
 }
 
@@ -471,6 +495,11 @@ pub(crate) struct Ah {
     raw: NonNull<ibv_ah>,
     _pd: Arc<Pd>,
 }
+
+// SAFETY: verbs objects may be used by all threads of a process.
+unsafe impl Send for Ah {}
+// SAFETY: as above.
+unsafe impl Sync for Ah {}
 
 impl Ah {
     pub(crate) fn new(pd: &Arc<Pd>, attr: &ibv_ah_attr) -> Result<Self, Errno> {

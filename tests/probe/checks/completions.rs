@@ -1,6 +1,10 @@
 //! Which work completes when, and who is woken by it.
 
-use std::{sync::atomic::Ordering, thread, time::Duration};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, anyhow, ensure};
 use verbs_abi::ffi::*;
@@ -210,4 +214,51 @@ pub(crate) fn destroyed_qp() -> Result<()> {
     let left = cq.wait(5, SOON)?;
     ensure!(left.iter().all(|wc| wc.qp_num != gone && wc.status == IBV_WC_SUCCESS), "{left:?}");
     cq.stays_empty(QUIET)
+}
+
+pub(crate) fn nonblocking_channel() -> Result<()> {
+    let pair = Pair::of(IBV_QPT_RC)?;
+    let (a, b) = (&pair.a, &pair.b);
+    let channel = a.send_cq.channel()?;
+    for fd in [channel.fd(), a.context.async_fd()] {
+        // SAFETY: a descriptor that is open; nobody else uses it.
+        ensure!(unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) } == 0, "fcntl");
+    }
+    let write = Send::new(IBV_WR_RDMA_WRITE).sge(a.sge(0, 8)).remote(b.remote(0));
+    for _ in 0..10 {
+        let code = channel.event().err().map(|error| error.code);
+        ensure!(code == Some(libc::EAGAIN), "an empty channel: {code:?}");
+        a.send_cq.arm(false)?;
+        a.execute(&write)?;
+        ensure!(channel.has_event(SOON) && channel.event()? == a.send_cq.addr(), "no event");
+    }
+    let code = a.context.try_async_event().err().map(|error| error.code);
+    ensure!(code == Some(libc::EAGAIN), "no async event: {code:?}");
+    Ok(())
+}
+
+pub(crate) fn unacknowledged() -> Result<()> {
+    let end = End::new(&Setup::new(IBV_QPT_RC))?;
+    let cq = Cq::new(&end.context, 16, Some(&Channel::new(&end.context)?))?;
+    let init = QpInit { qp_type: IBV_QPT_RC, cap: Setup::new(IBV_QPT_RC).cap, sq_sig_all: false };
+    let qp = Qp::new(&end.pd, &cq, &cq, init)?;
+    let (attr, mask) = end.init_attr();
+    qp.modify(&attr, mask)?;
+    qp.recv(1, &[])?;
+    cq.arm(false)?;
+    qp.set_state(IBV_QPS_ERR)?;
+    let event = cq.channel()?.take_event()?;
+    drop(qp);
+    let destroyed = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(cq);
+            destroyed.store(true, Ordering::SeqCst);
+        });
+        thread::sleep(QUIET);
+        let early = destroyed.load(Ordering::SeqCst);
+        drop(event);
+        ensure!(!early, "a CQ was destroyed before its event was acknowledged");
+        Ok(())
+    })
 }

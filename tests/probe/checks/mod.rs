@@ -7,6 +7,7 @@ mod errors;
 mod limits;
 mod memory;
 mod opcodes;
+mod races;
 mod states;
 
 use std::fmt;
@@ -45,6 +46,8 @@ pub(crate) const CHECKS: &[Check] = &[
     ("twenty thousand ping-pongs by events lose no wake-up", completions::ping_pong_by_events),
     ("many QPs share a CQ and each keeps its order", completions::shared_queue),
     ("destroying a QP takes its completions along", completions::destroyed_qp),
+    ("an empty channel says EAGAIN where it may not block", completions::nonblocking_channel),
+    ("destroying a CQ waits for its events to be acknowledged", completions::unacknowledged),
     ("datagrams carry a header and can be answered by it", datagrams::answered),
     ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish or fail", datagrams::lost),
     ("a QP walks the state table and nothing else", states::transitions),
@@ -64,6 +67,13 @@ pub(crate) const CHECKS: &[Check] = &[
     ("a receive posted late ends the RNR wait", errors::late_receive),
     ("RNR retries are counted", errors::rnr_exceeded),
     ("a peer that is gone is silence until the retries are used up", errors::silent_peer),
+    ("a QP can be connected to itself and to one of the same device", opcodes::loopback),
+    ("nothing is written after an MR's deregistration", races::deregistration_under_fire),
+    ("nothing is written after a QP's end by ERR or RESET", races::error_state_under_fire),
+    ("nothing is written after a QP's destruction", races::destruction_under_fire),
+    ("a receive that came back flushed is not written to", races::flushed_receives),
+    ("many threads share a QP and its CQs", races::many_threads),
+    ("a forked child cannot use the device and does it no harm", races::forked_child),
     ("GIDs are the addresses of the namespace and follow them", addresses::follow),
     ("all ways to read the GID table agree", addresses::table),
     ("memory beyond 4 GiB can be reached", memory::beyond_4_gib),

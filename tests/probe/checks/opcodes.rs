@@ -359,3 +359,21 @@ pub(crate) fn wrap_around() -> Result<()> {
     }
     b.recv_cq.stays_empty(QUIET)
 }
+
+pub(crate) fn loopback() -> Result<()> {
+    let setup = Setup::new(IBV_QPT_RC);
+    let alone = End::new(&setup)?;
+    alone.connect(alone.address()?)?;
+    let pair = Pair { a: End::on(&alone.context, &setup)?, b: End::on(&alone.context, &setup)? };
+    pair.a.connect(pair.b.address()?)?;
+    pair.b.connect(pair.a.address()?)?;
+    for round in 0..5 {
+        for (from, to) in [(&alone, &alone), (&pair.a, &pair.b)] {
+            sends(from, to, round)?;
+            writes(from, to, round)?;
+            read(from, to, round)?;
+            atomics(from, to)?;
+        }
+    }
+    Ok(())
+}
