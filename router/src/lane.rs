@@ -34,6 +34,8 @@ const SPIN: Duration = Duration::from_micros(50);
 const CORES_TO_SPIN: usize = 4;
 /// Priority of the lane, where it is permitted: it runs at once when clients that spin ring it.
 const NICE: libc::c_int = -10;
+/// What the lane asks for at a time: who asks for little gets it sooner (Linux 6.12 and newer).
+const SHORT_TURN: Duration = Duration::from_micros(100);
 
 /// A lane and its fabric.
 #[derive(Debug)]
@@ -169,12 +171,38 @@ pub(crate) fn now() -> u64 {
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
+/// `struct sched_attr` of sched_setattr(2), its first version.
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// Makes the calling thread run soon after it is woken, as far as that is permitted.
 fn raise_priority() {
     // SAFETY: the call changes the scheduling of the calling thread and touches no memory.
     let raised = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } == 0;
+    let attr = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: libc::SCHED_OTHER as u32,
+        flags: 0,
+        nice: if raised { NICE } else { 0 },
+        priority: 0,
+        runtime: SHORT_TURN.as_nanos() as u64,
+        deadline: 0,
+        period: 0,
+    };
+    // SAFETY: as above; the structure is read only, and says how long it is.
+    let short = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } == 0;
     // SAFETY: as above; the default slack of 50 us would blur short RNR timers.
     let precise = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) } == 0;
-    tracing::debug!(raised, precise, "scheduling of the lane");
+    tracing::debug!(raised, short, precise, "scheduling of the lane");
 }
 
 #[cfg(test)]
