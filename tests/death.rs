@@ -20,8 +20,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use xtask::process::Job;
 
-/// Kills unless `FREEFLOW_KILLS` says another number: under a minute and a half on two cores.
-const KILLS: u64 = 4_000;
+/// Kills unless `FREEFLOW_KILLS` says another number: about a minute and a quarter on two cores.
+const KILLS: u64 = 10_000;
 /// Kills before the first look at what the router holds.
 const WARM_UP: u64 = 50;
 
