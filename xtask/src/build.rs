@@ -93,6 +93,19 @@ fn build(options: &Options) -> Result<Tree> {
     Ok(tree)
 }
 
+/// Builds the tests' own verbs program.
+pub(crate) fn probe() -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--release", "--package", "freeflow", "--bin", "freeflow-probe"]);
+    command.arg("--message-format=json-render-diagnostics");
+    let output = command.stderr(Stdio::inherit()).output().context("could not start cargo")?;
+    ensure!(output.status.success(), "cargo build failed");
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let program = messages.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    program.context("cargo built no program `freeflow-probe`")
+}
+
 /// What cargo made.
 #[derive(Debug)]
 struct Built {

@@ -13,15 +13,18 @@ use anyhow::{Context, Result, bail};
 use xtask::{
     bed::{Bed, Pair, PairOutcome, Tool, free_port, start_server},
     interrupt, perftest,
+    process::Job,
 };
 
-use crate::demo::{bandwidth, latency};
+use crate::{
+    build,
+    demo::{bandwidth, latency},
+};
 
 const LIMIT: Duration = Duration::from_secs(180);
 const MESSAGE: usize = 65_536;
 const PAIRS: usize = 16;
-/// At each of the two ends, so twice as many in the router.
-const IDLE_QPS: &str = "5000";
+const IDLE_QPS: &str = "10000";
 
 /// One promise.
 #[derive(Debug)]
@@ -147,41 +150,22 @@ fn bytes_a_second(outcome: &PairOutcome) -> Result<f64> {
 }
 
 fn idle_qps(bed: &Bed) -> Result<Measurement> {
+    let probe = build::probe()?.display().to_string();
     let alone = latency(bed, "ib_write_lat")?;
-    // A few reads on each QP, after which both ends keep theirs and sleep.
-    let options = ["-q", IDLE_QPS, "-s", "8", "-n", "5", "-t", "5", "--wait_destroy", "150"];
-    let sleepers = bed.start_pair(&Tool::new("ib_read_bw", &options), LIMIT)?;
-    let mut sleepers = [sleepers.server, sleepers.client];
-    wait_until_quiet(&mut sleepers)?;
+    let words = [probe.as_str(), "idle-qps", IDLE_QPS].map(str::to_owned);
+    let mut sleeper = Job::spawn(bed.command(&bed.client, &words), LIMIT)?;
+    while !sleeper.stdout().contains("READY") {
+        interrupt::check()?;
+        if sleeper.has_ended()? {
+            bail!("no {IDLE_QPS} idle QPs: {}", sleeper.wait()?.report());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
     let beside = latency(bed, "ib_write_lat")?;
-    if sleepers[0].has_ended()? || sleepers[1].has_ended()? {
-        bail!("the idle QPs went before the end: {}\n{}", sleepers[0].stderr(), sleepers[1].stderr());
+    if sleeper.has_ended()? {
+        bail!("the idle QPs went before the end: {}", sleeper.wait()?.report());
     }
     Ok(Measurement { figure: beside / alone, from: format!("{beside:.2} of {alone:.2} us") })
-}
-
-/// Waits until none of the jobs has used the processor for two seconds.
-fn wait_until_quiet(jobs: &mut [xtask::process::Job]) -> Result<()> {
-    let start = Instant::now();
-    let mut before = Duration::MAX;
-    loop {
-        interrupt::check()?;
-        let mut used = Duration::ZERO;
-        for job in &mut *jobs {
-            if job.has_ended()? {
-                bail!("ended instead of keeping its QPs:\n{}{}", job.stdout(), job.stderr());
-            }
-            used += processor_time(job.pid())?;
-        }
-        if used == before {
-            return Ok(());
-        }
-        if start.elapsed() > Duration::from_secs(100) {
-            bail!("the QPs are still not up after {:?}", start.elapsed());
-        }
-        before = used;
-        thread::sleep(Duration::from_secs(2));
-    }
 }
 
 fn idle_router(bed: &Bed) -> Result<Measurement> {
