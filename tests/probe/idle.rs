@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cq::Cq,
     end_after,
     pair::{End, Pair, Setup},
     qp::{Qp, QpInit},
-    verbs::Cq,
 };
 
 /// How long a process sleeps at most.

@@ -11,9 +11,10 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cq::status_name,
     pair::{End, Pair, SOON},
     qp::Send,
-    verbs::{Context, status_name},
+    verbs::Context,
 };
 
 /// From the router's death until everybody knows.

@@ -7,8 +7,9 @@ use verbs_abi::ffi::*;
 
 use crate::{
     buffer::Buffer,
+    cq::{Channel, Cq, Wc},
     qp::{Qp, QpInit, Send},
-    verbs::{ALL_ACCESS, Channel, Context, Cq, Mr, Pd, Wc},
+    verbs::{ALL_ACCESS, Context, Mr, Pd},
 };
 
 /// How long a completion may take that is sure to come.

@@ -6,6 +6,7 @@
 
 mod buffer;
 mod checks;
+mod cq;
 mod idle;
 mod kills;
 mod library;

@@ -8,8 +8,9 @@ use anyhow::{Context as _, Result};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cq::Cq,
     library::library,
-    verbs::{Ah, Cq, Errno, Pd},
+    verbs::{Ah, Errno, Pd},
 };
 
 /// A send work request.

@@ -9,13 +9,13 @@ use std::{
     mem::offset_of,
     ptr::{self, NonNull},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use verbs_abi::ffi::*;
 
-use crate::library::library;
+use crate::{cq::Wc, library::library};
 
 /// The errno that a verb ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl fmt::Display for Errno {
 
 impl Error for Errno {}
 
-fn check(verb: &'static str, code: c_int) -> Result<(), Errno> {
+pub(crate) fn check(verb: &'static str, code: c_int) -> Result<(), Errno> {
     if code == 0 { Ok(()) } else { Err(Errno { verb, code: if code < 0 { last_errno() } else { code } }) }
 }
 
@@ -40,7 +40,7 @@ fn last_errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-fn pointer<T>(verb: &'static str, raw: *mut T) -> Result<NonNull<T>, Errno> {
+pub(crate) fn pointer<T>(verb: &'static str, raw: *mut T) -> Result<NonNull<T>, Errno> {
     NonNull::new(raw).ok_or_else(|| Errno { verb, code: last_errno() })
 }
 
@@ -273,219 +273,6 @@ impl Drop for Mr {
         if code != 0 {
             eprintln!("ibv_dereg_mr: {}", io::Error::from_raw_os_error(code));
         }
-    }
-}
-
-/// A completion channel.
-#[derive(Debug)]
-pub(crate) struct Channel {
-    raw: NonNull<ibv_comp_channel>,
-    _context: Arc<Context>,
-}
-
-// SAFETY: verbs objects may be used by all threads of a process.
-unsafe impl Send for Channel {}
-// SAFETY: as above.
-unsafe impl Sync for Channel {}
-
-impl Channel {
-    pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, Errno> {
-        // SAFETY: the context is alive.
-        let raw = unsafe { (library().ibv_create_comp_channel)(context.raw()) };
-        let raw = pointer("ibv_create_comp_channel", raw)?;
-        Ok(Arc::new(Self { raw, _context: Arc::clone(context) }))
-    }
-
-    /// Whether an event is there, or comes in time.
-    pub(crate) fn has_event(&self, timeout: Duration) -> bool {
-        // SAFETY: the channel is alive.
-        readable(unsafe { self.raw.as_ref() }.fd, timeout)
-    }
-
-    pub(crate) fn fd(&self) -> c_int {
-        // SAFETY: the channel is alive.
-        unsafe { self.raw.as_ref() }.fd
-    }
-
-    /// Blocks for an event of any CQ, acknowledges it, and tells the CQ's address.
-    pub(crate) fn event(&self) -> Result<usize, Errno> {
-        Ok(self.take_event()?.0 as usize)
-    }
-
-    /// Blocks for an event that is acknowledged when it is dropped.
-    pub(crate) fn take_event(&self) -> Result<CqEvent, Errno> {
-        let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: the channel is alive, both results are ours.
-        let code = unsafe { (library().ibv_get_cq_event)(self.raw.as_ptr(), &mut cq, &mut context) };
-        check("ibv_get_cq_event", code)?;
-        Ok(CqEvent(cq))
-    }
-}
-
-/// A completion event that is not yet acknowledged.
-#[derive(Debug)]
-pub(crate) struct CqEvent(*mut ibv_cq);
-
-impl Drop for CqEvent {
-    fn drop(&mut self) {
-        // SAFETY: the CQ of the event is alive: its destruction waits for this acknowledgement.
-        unsafe { (library().ibv_ack_cq_events)(self.0, 1) };
-    }
-}
-
-impl Drop for Channel {
-    fn drop(&mut self) {
-        // SAFETY: all CQs of the channel are gone: each holds a reference.
-        unsafe { (library().ibv_destroy_comp_channel)(self.raw.as_ptr()) };
-    }
-}
-
-/// A completion.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wc {
-    pub(crate) wr_id: u64,
-    pub(crate) status: ibv_wc_status,
-    pub(crate) opcode: ibv_wc_opcode,
-    pub(crate) byte_len: u32,
-    pub(crate) imm: u32,
-    pub(crate) qp_num: u32,
-    pub(crate) src_qp: u32,
-    pub(crate) flags: u32,
-}
-
-impl Wc {
-    /// Fails, by the name of the status, where it is another than this.
-    pub(crate) fn expect(&self, status: ibv_wc_status) -> Result<()> {
-        ensure!(
-            self.status == status,
-            "WR {} ended with {}, not with {}",
-            self.wr_id,
-            status_name(self.status),
-            status_name(status)
-        );
-        Ok(())
-    }
-}
-
-/// What libibverbs calls a status.
-pub(crate) fn status_name(status: ibv_wc_status) -> String {
-    // SAFETY: the function returns a static C string for any number.
-    unsafe { CStr::from_ptr((library().ibv_wc_status_str)(status)) }.to_string_lossy().into_owned()
-}
-
-/// A completion queue.
-#[derive(Debug)]
-pub(crate) struct Cq {
-    raw: NonNull<ibv_cq>,
-    context: Arc<Context>,
-    channel: Option<Arc<Channel>>,
-}
-
-// SAFETY: verbs objects may be used by all threads of a process.
-unsafe impl Send for Cq {}
-// SAFETY: as above.
-unsafe impl Sync for Cq {}
-
-impl Cq {
-    pub(crate) fn new(
-        context: &Arc<Context>,
-        entries: u32,
-        channel: Option<&Arc<Channel>>,
-    ) -> Result<Arc<Self>, Errno> {
-        let raw_channel = channel.map_or(ptr::null_mut(), |channel| channel.raw.as_ptr());
-        // SAFETY: context and channel are alive; no CQ context is wanted.
-        let raw = unsafe {
-            (library().ibv_create_cq)(context.raw(), entries as c_int, ptr::null_mut(), raw_channel, 0)
-        };
-        let raw = pointer("ibv_create_cq", raw)?;
-        Ok(Arc::new(Self { raw, context: Arc::clone(context), channel: channel.cloned() }))
-    }
-
-    pub(crate) fn addr(&self) -> usize {
-        self.raw.as_ptr() as usize
-    }
-
-    /// Takes up to `limit` completions.
-    pub(crate) fn poll(&self, limit: usize) -> Result<Vec<Wc>> {
-        let mut raw = [ibv_wc::default(); 64];
-        let limit = limit.min(raw.len());
-        // SAFETY: the context is alive, and the provider has set its table.
-        let poll = unsafe { (*self.context.raw()).ops.poll_cq }.context("no poll_cq")?;
-        // SAFETY: the CQ is alive; the array has room for `limit` completions.
-        let count = unsafe { poll(self.raw.as_ptr(), limit as c_int, raw.as_mut_ptr()) };
-        ensure!(count >= 0, "ibv_poll_cq: {count}");
-        Ok(raw[..count as usize].iter().map(completion).collect())
-    }
-
-    /// Polls until `count` completions have come.
-    pub(crate) fn wait(&self, count: usize, timeout: Duration) -> Result<Vec<Wc>> {
-        let start = Instant::now();
-        let mut all = Vec::new();
-        while all.len() < count {
-            all.extend(self.poll(count - all.len())?);
-            ensure!(
-                all.len() >= count || start.elapsed() < timeout,
-                "only {} of {count} completions within {timeout:?}: {all:?}",
-                all.len()
-            );
-        }
-        Ok(all)
-    }
-
-    /// Polls for the next completion.
-    pub(crate) fn next(&self) -> Result<Wc> {
-        Ok(self.wait(1, Duration::from_secs(5))?[0])
-    }
-
-    /// Fails where a completion comes within this time.
-    pub(crate) fn stays_empty(&self, time: Duration) -> Result<()> {
-        let start = Instant::now();
-        while start.elapsed() < time {
-            if let Some(wc) = self.poll(1)?.first() {
-                bail!("a completion that should not be: {wc:?}");
-            }
-        }
-        Ok(())
-    }
-
-    /// Asks for an event at the next completion.
-    pub(crate) fn arm(&self, solicited_only: bool) -> Result<()> {
-        // SAFETY: the context is alive, and the provider has set its table.
-        let arm = unsafe { (*self.context.raw()).ops.req_notify_cq }.context("no req_notify_cq")?;
-        // SAFETY: the CQ is alive.
-        check("ibv_req_notify_cq", unsafe { arm(self.raw.as_ptr(), c_int::from(solicited_only)) })?;
-        Ok(())
-    }
-
-    pub(crate) fn channel(&self) -> Result<&Arc<Channel>> {
-        self.channel.as_ref().context("the CQ has no channel")
-    }
-
-    /// Tries to end a CQ that is in use.
-    pub(crate) fn try_destroy(&self) -> Result<(), Errno> {
-        // SAFETY: the CQ is alive; where the call succeeds the test has failed and uses it no more.
-        check("ibv_destroy_cq", unsafe { (library().ibv_destroy_cq)(self.raw.as_ptr()) })
-    }
-}
-
-fn completion(raw: &ibv_wc) -> Wc {
-    Wc {
-        wr_id: raw.wr_id,
-        status: raw.status,
-        opcode: raw.opcode,
-        byte_len: raw.byte_len,
-        // SAFETY: both members of the union are 32 bits wide, and any bits are a number.
-        imm: unsafe { raw.__bindgen_anon_1.imm_data },
-        qp_num: raw.qp_num,
-        src_qp: raw.src_qp,
-        flags: raw.wc_flags,
-    }
-}
-
-impl Drop for Cq {
-    fn drop(&mut self) {
-        // SAFETY: all QPs of the CQ are gone: each holds a reference; all its events were acknowledged.
-        unsafe { (library().ibv_destroy_cq)(self.raw.as_ptr()) };
     }
 }
 

@@ -10,9 +10,10 @@ use anyhow::{Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cq::{Channel, Cq},
     pair::{End, Pair, QUIET, SOON, Setup},
     qp::{Qp, QpInit, Send},
-    verbs::{Channel, Context, Cq},
+    verbs::Context,
 };
 
 pub(crate) fn unsignaled() -> Result<()> {

@@ -5,9 +5,10 @@ use verbs_abi::ffi::*;
 
 use crate::{
     buffer::Buffer,
+    cq::Cq,
     pair::{Pair, SOON, Setup, ah_attr},
     qp::{Qp, QpInit, Refused, Send},
-    verbs::{ALL_ACCESS, Ah, Context, Cq, Errno, Mr, Pd},
+    verbs::{ALL_ACCESS, Ah, Context, Errno, Mr, Pd},
 };
 
 pub(crate) fn full_queues() -> Result<()> {

@@ -129,7 +129,7 @@ pub(crate) fn reset() -> Result<()> {
 pub(crate) fn flush() -> Result<()> {
     let pair = Pair::of(IBV_QPT_RC)?;
     let (a, b) = (&pair.a, &pair.b);
-    let flushed = |cq: &crate::verbs::Cq, ids: &[u64]| {
+    let flushed = |cq: &crate::cq::Cq, ids: &[u64]| {
         for &id in ids {
             let wc = cq.next()?;
             wc.expect(IBV_WC_WR_FLUSH_ERR)?;

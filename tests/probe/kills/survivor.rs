@@ -17,9 +17,10 @@ use super::{
     victim,
 };
 use crate::{
+    cq::{Wc, status_name},
     pair::{End, Setup},
     qp::{Qp, QpInit, Send},
-    verbs::{Context, Wc, status_name},
+    verbs::Context,
 };
 
 /// How long a round may take after the victim is connected: it is killed within 3 ms, and retries are exhausted a few

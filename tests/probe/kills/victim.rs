@@ -13,9 +13,9 @@ use super::{
     },
 };
 use crate::{
+    cq::Wc,
     pair::{End, Setup},
     qp::Send,
-    verbs::Wc,
 };
 
 /// Marks in a wr_id what the low bits number.
