@@ -66,11 +66,15 @@ impl Completions {
         }
     }
 
-    /// Takes over from a seat that died: whatever it published counts, and is announced again.
-    pub(crate) fn roll_forward(&mut self, count: u64) {
+    /// Takes over from a seat that died: whatever it published counts, `most` entries from `count` on, and is
+    /// announced again.
+    pub(crate) fn roll_forward(&mut self, count: u64, most: u64) {
         self.writer.seek(count);
-        while self.writer.tail_is_published() {
-            self.writer.seek(self.writer.tail() + 1);
+        for _ in 0..most {
+            if !self.writer.tail_is_published() {
+                break;
+            }
+            self.writer.seek(self.writer.tail().wrapping_add(1));
         }
         self.cq.publish(self.slot, true);
     }

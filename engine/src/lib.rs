@@ -34,3 +34,5 @@ pub const MAX_MESSAGE: u64 = 1 << 30;
 pub const MAX_DATAGRAM: u64 = 4096;
 /// Bytes that one turn may move before others get theirs.
 pub const SLICE: u64 = 256 * 1024;
+/// Work requests of one queue that one turn flushes: their owner may post more all the while.
+const FLUSH: usize = 256;

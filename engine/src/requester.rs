@@ -17,7 +17,7 @@ use verbs_abi::{
 };
 
 use crate::{
-    Completions, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
+    Completions, FLUSH, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
     memory::{Span, check_list},
     place::Atomic,
     responder::{Reply, Request},
@@ -98,7 +98,6 @@ pub struct Requester {
     wqe: Box<SendWqe>,
     /// Whether `wqe` holds the WQE at the head.
     fetched: bool,
-    checked: bool,
     spans: Vec<Span>,
     /// Bytes of it that are placed.
     placed: u64,
@@ -125,7 +124,6 @@ impl Requester {
             done: 0,
             wqe: Box::default(),
             fetched: false,
-            checked: false,
             spans: Vec::new(),
             placed: 0,
             timeouts_left: 0,
@@ -167,6 +165,7 @@ impl Requester {
         for word in [header.sq_head(), header.sq_done(), header.sq_completions(), header.journal_wqe()] {
             word.store(0, Ordering::Relaxed);
         }
+        header.verdict().store(0, Ordering::Relaxed);
         self.area.sq_cqes.clear();
         self.deadline = None;
         let _ = self.resume();
@@ -182,7 +181,7 @@ impl Requester {
             Ok(false) => Fetch::Empty,
             Err(bad) => Fetch::Bad(bad),
             Ok(true) => {
-                (self.fetched, self.checked, self.placed) = (true, false, 0);
+                (self.fetched, self.placed) = (true, 0);
                 (self.timeouts_left, self.rnr_left) = (self.retries.retry_cnt, self.retries.rnr_retry);
                 self.deadline = None;
                 Fetch::Ready
@@ -211,7 +210,7 @@ impl Requester {
         let reply = match peer {
             None => Reply::Silence,
             Some((responder, remote)) => {
-                self.area.header.journal_wqe().store(self.done + 1, Ordering::Relaxed);
+                self.area.header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
                 self.execute(opcode, local, responder, remote, *budget)
             }
         };
@@ -241,13 +240,17 @@ impl Requester {
         (Attempt::Done, reply)
     }
 
-    /// Completes everything posted with `WR_FLUSH_ERR`. Bounded by the queue's size.
-    pub(crate) fn flush(&mut self) {
-        while self.fetch() == Fetch::Ready {
+    /// Completes what is posted with `WR_FLUSH_ERR`, up to [`FLUSH`] of it. True: there may be more.
+    pub(crate) fn flush(&mut self) -> bool {
+        for _ in 0..FLUSH {
+            if self.fetch() != Fetch::Ready {
+                return false;
+            }
             let opcode =
                 Opcode::try_from(u32::from(self.wqe.opcode)).map_or(WcOpcode::Send, Opcode::wc_opcode);
             self.complete(WcStatus::WrFlushErr, opcode, 0, true);
         }
+        true
     }
 
     /// Whether the SQ holds something (or the fetched WQE is unfinished).
@@ -256,12 +259,9 @@ impl Requester {
         self.fetched || self.area.header.sq_tail().load(Ordering::SeqCst) != self.head
     }
 
-    /// Checks the fetched WQE itself, once.
+    /// Checks the fetched WQE itself, at each attempt: between two, its keys may have died.
     fn check<M: Memory>(&mut self, local: &M) -> Result<Opcode, WcStatus> {
         let opcode = Opcode::try_from(u32::from(self.wqe.opcode)).map_err(|_| WcStatus::LocQpOpErr)?;
-        if self.checked {
-            return Ok(opcode);
-        }
         let datagram = self.qp_type == QpType::Ud;
         if !opcode.allowed_on(self.qp_type) || datagram != (self.wqe.flags & flag::ADDRESS != 0) {
             return Err(WcStatus::LocQpOpErr);
@@ -280,7 +280,6 @@ impl Requester {
         if !check_list(local, self.pd, self.wqe.sges(), need, &mut self.spans) {
             return Err(WcStatus::LocProtErr);
         }
-        self.checked = true;
         Ok(opcode)
     }
 
@@ -443,8 +442,8 @@ impl Requester {
             };
             self.completions.push(&cqe, false);
         }
-        self.head += u64::from(self.wqe.blocks);
-        self.done += 1;
+        self.head = self.head.wrapping_add(u64::from(self.wqe.blocks));
+        self.done = self.done.wrapping_add(1);
         self.fetched = false;
         let header = &self.area.header;
         header.journal_wqe().store(0, Ordering::Relaxed);

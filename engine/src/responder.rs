@@ -15,7 +15,7 @@ use verbs_abi::{
 };
 
 use crate::{
-    Completions, Memory,
+    Completions, FLUSH, Memory,
     datagram::{GRH_LEN, grh},
     memory::{Span, all_reached, check, check_list},
     place::{Atomic, atomic},
@@ -141,7 +141,7 @@ impl Responder {
         let ahead = self.area.header.rq_tail().load(Ordering::Relaxed).wrapping_sub(done);
         // A count that cannot be is the client's own doing: it keeps the router's last view.
         if ahead <= u64::from(self.area.geometry().rq_entries) {
-            self.completions.roll_forward(done);
+            self.completions.roll_forward(done, ahead);
             self.publish();
         }
     }
@@ -161,9 +161,12 @@ impl Responder {
         self.area.header.rq_ring_me().load(Ordering::SeqCst) != 0
     }
 
-    /// Completes every posted receive with `WR_FLUSH_ERR`.
-    pub(crate) fn flush(&mut self) {
-        while matches!(self.area.read_recv(self.completions.count(), &mut self.wqe), Ok(true)) {
+    /// Completes posted receives with `WR_FLUSH_ERR`, up to [`FLUSH`] of them. True: there may be more.
+    pub(crate) fn flush(&mut self) -> bool {
+        for _ in 0..FLUSH {
+            if !matches!(self.area.read_recv(self.completions.count(), &mut self.wqe), Ok(true)) {
+                return false;
+            }
             self.complete(
                 &Cqe {
                     wr_id: self.wqe.wr_id,
@@ -174,6 +177,7 @@ impl Responder {
                 true,
             );
         }
+        true
     }
 
     /// Executes a request of the connected peer.

@@ -40,29 +40,39 @@ impl<M: Memory> Fabric<M> {
 
     /// Ends direct connections from and to a QP; what owners did so far counts.
     pub(super) fn disconnect(&mut self, at: usize) {
+        let held = self.hold_seat(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
-        if let Some(peer_at) = qp.direct.take() {
+        if !held {
             qp.requester.area().header.seat().take_from_dead();
             qp.held = true;
             let _ = qp.requester.resume();
-            if let Some(peer) = self.qps[peer_at].as_mut() {
-                peer.attached.retain(|other| *other != at);
+        }
+        if let Some(peer) = qp.direct.take().and_then(|peer| self.qps[peer].as_mut()) {
+            peer.attached.retain(|other| *other != at);
+            if !held {
                 peer.responder.roll_forward();
             }
         }
         let attached = self.qps[at].as_mut().map(|qp| std::mem::take(&mut qp.attached)).unwrap_or_default();
         for other in attached {
-            // Its owner finds that nobody answers and parks; until then it keeps the seat.
-            let _ = self.hold_seat(other);
+            // An owner that runs finds that nobody answers; it loses the seat as soon as it does not run.
+            let held = self.hold_seat(other);
             if let Some(qp) = self.qps[other].as_mut() {
                 qp.direct = None;
                 qp.peer = None;
             }
-            self.schedule.enqueue(other);
+            if held {
+                self.schedule.enqueue(other);
+            } else {
+                self.look_again(other);
+            }
         }
     }
 
     /// Takes the seat of a QP from its idle owner and goes on where it stopped. False: the owner runs.
+    ///
+    /// A failure that the owner left has its consequences at the next turn: they reach other QPs whose owners left
+    /// failures, too, and a client can make long chains of such.
     pub(super) fn hold_seat(&mut self, at: usize) -> bool {
         let Some(qp) = self.qps[at].as_mut() else { return false };
         if qp.held {
@@ -80,11 +90,24 @@ impl<M: Memory> Fabric<M> {
         }
         if !sane {
             self.raise(at, EventType::QpFatal);
-            self.set_failed(at, None);
+            self.condemn(at);
         } else if let Some(verdict) = verdict {
-            self.set_failed(at, verdict.peer_failed.then_some(verdict.peer_event));
+            self.condemn(at);
+            if let Some(peer_at) = peer_at.filter(|peer| verdict.peer_failed && self.are_connected(at, *peer))
+            {
+                if let Some(event) = verdict.peer_event {
+                    self.raise(peer_at, event);
+                }
+                self.condemn(peer_at);
+            }
         }
         true
+    }
+
+    /// Whether a QP's peer wants it, too: an owner's word may fail no other.
+    fn are_connected(&self, at: usize, peer_at: usize) -> bool {
+        let (qp, peer) = (self.qps[at].as_ref(), self.qps[peer_at].as_ref());
+        qp.zip(peer).is_some_and(|(qp, peer)| peer.attr.dest_qp_num == qp.qpn && peer.state.may_respond())
     }
 
     /// Gives the seat to the owner of a direct QP that is in RTS with nothing left to do.
@@ -105,15 +128,18 @@ impl<M: Memory> Fabric<M> {
     /// Whether the receive side of a QP is the router's: no owner of a peer executes on it now.
     pub(super) fn seize_receives(&mut self, at: usize) -> bool {
         let attached = self.qps[at].as_ref().map(|qp| qp.attached.clone()).unwrap_or_default();
-        attached.into_iter().fold(true, |all, other| {
-            let before = self.qps[other].as_ref().is_some_and(|qp| qp.held);
-            let held = self.hold_seat(other);
-            if held && !before {
-                // A turn gives the seat back.
-                self.schedule.enqueue(other);
-            }
-            all && held
-        })
+        // All of them, also behind one that runs.
+        attached.into_iter().filter(|other| !self.borrow_seat(*other)).count() == 0
+    }
+
+    /// Takes a seat until the QP's next turn, which gives it back. False: the owner runs.
+    fn borrow_seat(&mut self, at: usize) -> bool {
+        let before = self.qps[at].as_ref().is_some_and(|qp| qp.held);
+        let held = self.hold_seat(at);
+        if held && !before {
+            self.schedule.enqueue(at);
+        }
+        held
     }
 
     /// Takes the receive side of a client's QP back from a direct peer. False: the peer runs at this moment;
@@ -125,14 +151,15 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    /// Whether no direct peer executes on a client's memory. True once is enough after a key was invalidated.
+    /// Whether nobody executes on a client's memory outside the router: no direct peer, and no thread of its own.
+    /// True once is enough after a key was invalidated.
     pub fn is_quiet(&mut self, client: u32) -> bool {
         let Some(at) = self.client_index.get(&client) else { return true };
         let qps: Vec<usize> =
             self.clients[*at].iter().flat_map(|client| client.slots.iter().flatten().copied()).collect();
         let mut quiet = true;
         for qp in qps {
-            quiet &= self.seize_receives(qp);
+            quiet &= self.seize_receives(qp) & self.borrow_seat(qp);
         }
         quiet
     }

@@ -9,8 +9,6 @@ use verbs_abi::{
 use super::{Fabric, GID_TABLE_LEN, MAX_RD_ATOMIC, Modified, Qp};
 use crate::{Memory, requester::Retries};
 
-/// How soon to look again at a seat whose owner runs, ns.
-const LOOK_AGAIN: u64 = 1_000_000;
 const EINVAL: i32 = 22;
 const ENOENT: i32 = 2;
 
@@ -81,6 +79,7 @@ impl<M: Memory> Fabric<M> {
     /// Back to the start: nothing posted, nothing completed, no peer.
     fn reset(&mut self, at: usize) {
         self.disconnect(at);
+        self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
         self.schedule.forget(at, qp.attr.dest_qp_num);
         qp.area_seat_to_router();
@@ -88,7 +87,6 @@ impl<M: Memory> Fabric<M> {
         qp.responder.reset();
         qp.attr = QpAttr { cap: qp.attr.cap, path_mig_state: qp.attr.path_mig_state, ..QpAttr::default() };
         qp.apply();
-        qp.waiting = None;
         qp.peer = None;
         self.set_state(at, QpState::Reset);
     }
@@ -98,28 +96,30 @@ impl<M: Memory> Fabric<M> {
         self.set_state(at, QpState::Err);
         let holds = self.hold_seat(at);
         let receives = self.seize_receives(at);
+        self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
-        qp.waiting = None;
         qp.responder.set_ring_me(true);
-        if holds {
-            qp.requester.flush();
-        }
-        if receives {
-            qp.responder.flush();
+        let more_sends = holds && qp.requester.flush();
+        let more_receives = receives && qp.responder.flush();
+        if more_sends || more_receives {
+            self.schedule.enqueue(at);
         }
         if !holds || !receives {
-            // An owner is in the middle of something and will see the state: look again soon.
-            let when = self.now + LOOK_AGAIN;
-            qp.waiting = Some(Some(when));
-            self.schedule.set_timer(when, at);
+            self.look_again(at);
         }
+    }
+
+    /// Into ERR at its next turn.
+    pub(super) fn condemn(&mut self, at: usize) {
+        self.set_state(at, QpState::Err);
+        self.schedule.enqueue(at);
     }
 
     /// The error of an unreliable QP's send queue: receives go on.
     pub(super) fn fail_sends(&mut self, at: usize) {
         self.set_state(at, QpState::Sqe);
-        if let Some(qp) = self.qps[at].as_mut() {
-            qp.requester.flush();
+        if self.qps[at].as_mut().is_some_and(|qp| qp.requester.flush()) {
+            self.schedule.enqueue(at);
         }
     }
 }

@@ -146,6 +146,7 @@ impl<M: Memory> Fabric<M> {
 
     pub(super) fn remove_qp(&mut self, at: usize) -> Option<(u64, usize)> {
         self.disconnect(at);
+        self.stop_waiting(at);
         let mut qp = self.qps[at].take()?;
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);

@@ -13,6 +13,9 @@ const TURNS: usize = 64;
 /// Work requests of one QP in one turn.
 const BATCH: usize = 64;
 
+/// How soon to look again at a seat whose owner runs, ns.
+const LOOK_AGAIN: u64 = 1_000_000;
+
 /// Why a turn ended.
 enum Turn {
     /// Nothing left.
@@ -56,11 +59,28 @@ impl<M: Memory> Fabric<M> {
             qp.responder.set_ring_me(false);
         }
         for waiter in self.schedule.unpark(qp.qpn) {
-            if let Some(qp) = self.qps[waiter].as_mut()
-                && qp.waiting.take().is_some()
-            {
+            if self.stop_waiting(waiter) {
                 self.schedule.enqueue(waiter);
             }
+        }
+    }
+
+    /// Ends a QP's wait, and its timer with it. False: it did not wait.
+    pub(super) fn stop_waiting(&mut self, at: usize) -> bool {
+        let Some(until) = self.qps[at].as_mut().and_then(|qp| qp.waiting.take()) else { return false };
+        if let Some(when) = until {
+            self.schedule.cancel(when, at);
+        }
+        true
+    }
+
+    /// Gives a QP a turn soon: its owner is in the middle of something, and need not ring when it is done.
+    pub(super) fn look_again(&mut self, at: usize) {
+        self.stop_waiting(at);
+        if let Some(qp) = self.qps[at].as_mut() {
+            let when = self.now + LOOK_AGAIN;
+            qp.waiting = Some(Some(when));
+            self.schedule.set_timer(when, at);
         }
     }
 
@@ -90,7 +110,14 @@ impl<M: Memory> Fabric<M> {
 
     /// One QP's turn.
     fn serve(&mut self, at: usize, now: u64) {
+        // Whoever holds its seats: what is free of them is flushed, and the others are looked at again.
+        if self.qps[at].as_ref().is_some_and(|qp| qp.state == QpState::Err) {
+            return self.fail_all(at);
+        }
         if !self.may_serve(at) {
+            if self.is_abandoned(at) {
+                self.look_again(at);
+            }
             return;
         }
         let Some(qp) = self.qps[at].as_ref() else { return };
@@ -114,10 +141,14 @@ impl<M: Memory> Fabric<M> {
         }
         let header = &qp.requester.area().header;
         let parked = header.seat().is_router();
-        let failed = qp.state == QpState::Err;
         let behind = header.sq_tail().load(std::sync::atomic::Ordering::SeqCst)
             != header.sq_head().load(std::sync::atomic::Ordering::SeqCst);
-        (parked || failed || behind) && self.hold_seat(at)
+        (parked || behind || self.is_abandoned(at)) && self.hold_seat(at)
+    }
+
+    /// Whether its owner has a seat that it may not have any more: its direct connection has ended.
+    fn is_abandoned(&self, at: usize) -> bool {
+        self.qps[at].as_ref().is_some_and(|qp| !qp.held && qp.direct.is_none())
     }
 
     /// Executes work requests until the turn is over.

@@ -41,6 +41,11 @@ impl Schedule {
         self.timers.insert((when, at));
     }
 
+    /// Takes a timer back.
+    pub(super) fn cancel(&mut self, when: u64, at: usize) {
+        self.timers.remove(&(when, at));
+    }
+
     /// The earliest timer.
     pub(super) fn next_timer(&self) -> Option<u64> {
         self.timers.first().map(|(when, _)| *when)
@@ -68,9 +73,8 @@ impl Schedule {
         self.parked.remove(&qpn).unwrap_or_default()
     }
 
-    /// Forgets a QP. A turn that it has left finds nothing.
+    /// Forgets a QP that has no timer. A turn that it has left finds nothing.
     pub(super) fn forget(&mut self, at: usize, peer_qpn: u32) {
-        self.timers.retain(|(_, other)| *other != at);
         if let Some(waiting) = self.parked.get_mut(&peer_qpn) {
             waiting.retain(|other| *other != at);
             if waiting.is_empty() {

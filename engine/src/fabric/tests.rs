@@ -20,6 +20,9 @@ use verbs_abi::{
 use super::*;
 use crate::{Attempt, Fault, Fetch, Verdict, completion::Completions};
 
+mod hostile;
+mod revocation;
+
 const MS: u64 = 1_000_000;
 
 #[derive(Debug, Default)]
@@ -189,26 +192,7 @@ impl App {
         peer: &Self,
         qp_type: QpType,
     ) -> Modified {
-        let attr = QpAttr {
-            qp_state: state.value(),
-            path_mtu: 5,
-            port_num: 1,
-            qkey: 0x11,
-            dest_qp_num: peer.qpn,
-            qp_access_flags: 0xe,
-            ah_attr: AhAttr { dgid: gid(peer.client), is_global: 1, port_num: 1, ..AhAttr::default() },
-            timeout: 10,
-            retry_cnt: 2,
-            rnr_retry: 1,
-            min_rnr_timer: 1,
-            max_rd_atomic: 1,
-            max_dest_rd_atomic: 1,
-            ..QpAttr::default()
-        };
-        let from = QpState::try_from(fabric.query_qp(self.client, self.qpn).unwrap().qp_state).unwrap();
-        let rule = verbs_abi::qp_state::rule(qp_type, from, state).unwrap();
-        let mask = rule.required.union(Mask::STATE).bits();
-        fabric.modify_qp(self.client, self.qpn, mask, &attr).unwrap()
+        fabric_modify(fabric, (self.client, self.qpn), state, (peer.client, peer.qpn), qp_type)
     }
 
     fn to_rts(&self, fabric: &mut Fabric<TestMemory>, peer: &Self, qp_type: QpType) -> Modified {
@@ -221,6 +205,36 @@ impl App {
     fn state(&self, fabric: &Fabric<TestMemory>) -> QpState {
         QpState::try_from(fabric.query_qp(self.client, self.qpn).unwrap().qp_state).unwrap()
     }
+}
+
+/// Moves a QP (client and number) to a state, with a peer that it has from RTR on.
+fn fabric_modify(
+    fabric: &mut Fabric<TestMemory>,
+    (client, qpn): (u32, u32),
+    state: QpState,
+    peer: (u32, u32),
+    qp_type: QpType,
+) -> Modified {
+    let attr = QpAttr {
+        qp_state: state.value(),
+        path_mtu: 5,
+        port_num: 1,
+        qkey: 0x11,
+        dest_qp_num: peer.1,
+        qp_access_flags: 0xe,
+        ah_attr: AhAttr { dgid: gid(peer.0), is_global: 1, port_num: 1, ..AhAttr::default() },
+        timeout: 10,
+        retry_cnt: 2,
+        rnr_retry: 1,
+        min_rnr_timer: 1,
+        max_rd_atomic: 1,
+        max_dest_rd_atomic: 1,
+        ..QpAttr::default()
+    };
+    let from = QpState::try_from(fabric.query_qp(client, qpn).unwrap().qp_state).unwrap();
+    let rule = verbs_abi::qp_state::rule(qp_type, from, state).unwrap();
+    let mask = rule.required.union(Mask::STATE).bits();
+    fabric.modify_qp(client, qpn, mask, &attr).unwrap()
 }
 
 fn pair(qp_type: QpType) -> (Fabric<TestMemory>, App, App) {
@@ -350,6 +364,7 @@ fn a_receive_posted_late_ends_the_wait_at_once() {
     turn(&mut fabric, 1);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
     assert_eq!(status(b.receives.pop()), WcStatus::Success);
+    assert_eq!(fabric.next_timer(), None, "nobody waits any more");
 }
 
 #[test]

@@ -75,7 +75,7 @@ impl CqArea {
             if !wanted {
                 return false;
             }
-            let next = (seen & !ARM_MASK) + ARM_MASK + 1;
+            let next = (seen & !ARM_MASK).wrapping_add(ARM_MASK + 1);
             match notify.compare_exchange_weak(seen, next, Ordering::SeqCst, Ordering::Relaxed) {
                 Ok(_) => return true,
                 Err(now) => seen = now,

@@ -1,0 +1,84 @@
+//! What no longer holds once a key, a connection or a QP is taken back in the middle of something.
+
+use super::*;
+
+#[test]
+fn a_key_that_dies_in_the_middle_of_a_transfer_ends_it() {
+    let (mut fabric, mut a, b) = pair(QpType::Rc);
+    a.bytes().fill(7);
+    let mut wqe = send(Opcode::Read, a.sge(0, 1 << 20));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
+    a.post(&wqe);
+    fabric.collect();
+    assert!(fabric.run(0), "more than a turn's work");
+    fabric.memory_mut(a.client).unwrap().table.clear();
+    turn(&mut fabric, 0);
+    assert_eq!(status(a.sends.pop()), WcStatus::LocProtErr);
+    assert_eq!(a.bytes().last(), Some(&7), "memory that is registered no more stays as it is");
+}
+
+#[test]
+fn a_qp_that_was_reset_does_not_fail_for_what_was_before() {
+    let (mut fabric, a, b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut wqe = send(Opcode::Write, a.sge(0, 8));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), 1);
+    a.post(&wqe);
+    assert!(!owner.run(&a));
+    // The router has not looked since.
+    a.modify(&mut fabric, QpState::Reset, &b, QpType::Rc);
+    turn(&mut fabric, 0);
+    assert_eq!(b.state(&fabric), QpState::Err, "the peer got the bad request");
+    assert_eq!(a.state(&fabric), QpState::Reset);
+    b.modify(&mut fabric, QpState::Reset, &a, QpType::Rc);
+    a.to_rts(&mut fabric, &b, QpType::Rc);
+    b.to_rts(&mut fabric, &a, QpType::Rc);
+    turn(&mut fabric, 0);
+    assert!(fabric.seize(b.client, b.qpn));
+    turn(&mut fabric, 0);
+    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts));
+}
+
+#[test]
+fn receives_are_flushed_however_long_both_owners_go_on() {
+    let (mut fabric, a, mut b) = direct_pair();
+    b.post_recv(1, &[b.sge(0, 8)]);
+    assert!(a.area.header.seat().enter());
+    assert!(b.area.header.seat().enter());
+    b.modify(&mut fabric, QpState::Err, &a, QpType::Rc);
+    for now in 1..10 {
+        turn(&mut fabric, now * MS);
+    }
+    assert_eq!(b.receives.pop(), None, "the peer could still place something there");
+    a.area.header.seat().leave();
+    b.area.header.seat().leave();
+    let soon = fabric.next_timer().expect("another look");
+    turn(&mut fabric, soon);
+    assert_eq!(status(b.receives.pop()), WcStatus::WrFlushErr);
+    assert_eq!(fabric.next_timer(), None);
+}
+
+#[test]
+fn a_seat_that_outlives_its_connection_is_taken_when_its_owner_leaves() {
+    let (mut fabric, a, b) = direct_pair();
+    assert!(a.area.header.seat().enter());
+    b.modify(&mut fabric, QpState::Reset, &a, QpType::Rc);
+    turn(&mut fabric, 0);
+    turn(&mut fabric, 2 * MS);
+    a.area.header.seat().leave();
+    let soon = fabric.next_timer().expect("another look");
+    turn(&mut fabric, soon);
+    assert!(!a.area.header.seat().enter());
+    assert_eq!(fabric.next_timer(), None);
+}
+
+#[test]
+fn a_client_is_not_quiet_while_it_executes_itself() {
+    let (mut fabric, a, _b) = direct_pair();
+    assert!(a.area.header.seat().enter());
+    assert!(!fabric.is_quiet(a.client));
+    a.area.header.seat().leave();
+    assert!(fabric.is_quiet(a.client));
+    turn(&mut fabric, 0);
+    assert!(a.area.header.seat().enter(), "the seat came back");
+}
