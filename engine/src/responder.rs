@@ -135,15 +135,27 @@ impl Responder {
         self.area.header.rq_ring_me().store(0, Ordering::Relaxed);
     }
 
-    /// Takes over from a direct peer that died or gave the seat away (router).
+    /// Takes over from a direct peer that may have been killed in the middle of something (router).
     pub(crate) fn roll_forward(&mut self) {
-        let done = self.area.header.rq_done().load(Ordering::Acquire);
-        let ahead = self.area.header.rq_tail().load(Ordering::Relaxed).wrapping_sub(done);
-        // A count that cannot be is the client's own doing: it keeps the router's last view.
-        if ahead <= u64::from(self.area.geometry().rq_entries) {
+        if let Some((done, ahead)) = self.left_off() {
             self.completions.roll_forward(done, ahead);
             self.publish();
         }
+    }
+
+    /// Takes over from a direct peer that was not executing: what it did is complete, and announced (router).
+    pub(crate) fn catch_up(&mut self) {
+        if let Some((done, _)) = self.left_off() {
+            self.completions.seek(done);
+        }
+    }
+
+    /// Receives that a direct peer has consumed, and those that are posted beyond. `None`: a count that cannot be
+    /// is the client's own doing, and the router's last view stays.
+    fn left_off(&self) -> Option<(u64, u64)> {
+        let done = self.area.header.rq_done().load(Ordering::Acquire);
+        let ahead = self.area.header.rq_tail().load(Ordering::Relaxed).wrapping_sub(done);
+        (ahead <= u64::from(self.area.geometry().rq_entries)).then_some((done, ahead))
     }
 
     /// Whether a receive is posted that nobody has consumed.

@@ -86,7 +86,7 @@ impl<M: Memory> Fabric<M> {
         let verdict = qp.requester.take_verdict();
         let peer_at = qp.direct;
         if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
-            peer.responder.roll_forward();
+            peer.responder.catch_up();
         }
         if !sane {
             self.raise(at, EventType::QpFatal);

@@ -82,3 +82,18 @@ fn a_client_is_not_quiet_while_it_executes_itself() {
     turn(&mut fabric, 0);
     assert!(a.area.header.seat().enter(), "the seat came back");
 }
+
+#[test]
+fn a_seat_that_changes_hands_wakes_nobody() {
+    let (mut fabric, a, b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    b.cq.arm(Arm::Any);
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    assert!(!owner.run(&a), "no receive is posted");
+    a.doorbells.ring(a.slot);
+    turn(&mut fabric, 0);
+    assert_eq!(b.bell.0.load(Ordering::Relaxed), 0, "there is nothing to poll for");
+    b.post_recv(1, &[b.sge(0, 8)]);
+    turn(&mut fabric, 1);
+    assert_eq!(b.bell.0.load(Ordering::Relaxed), 1);
+}
