@@ -24,6 +24,8 @@ use crate::arena::Place;
 pub(super) struct Cq {
     place: Place,
     pub(super) channel: Option<u32>,
+    /// A direct peer that was not waited for may still write there.
+    haunted: bool,
 }
 
 /// A QP.
@@ -31,6 +33,7 @@ pub(super) struct Cq {
 pub(super) struct Qp {
     place: Place,
     pd: u32,
+    recv_cq: u32,
 }
 
 impl Client {
@@ -58,7 +61,7 @@ impl Client {
             }
         };
         self.use_channel(channel, true);
-        self.cqs.insert(cq, Cq { place, channel });
+        self.cqs.insert(cq, Cq { place, channel, haunted: false });
         Ok(Answer::Cq { cq, cqe, offset: place.offset })
     }
 
@@ -68,7 +71,9 @@ impl Client {
         }
         self.lane.with(|fabric| fabric.destroy_cq(self.id, cq))?;
         if let Some(cq) = self.cqs.remove(&cq) {
-            self.arena.release(cq.place);
+            if !cq.haunted {
+                self.arena.release(cq.place);
+            }
             self.use_channel(cq.channel, false);
         }
         Ok(Answer::Done)
@@ -110,7 +115,7 @@ impl Client {
             }
         };
         self.use_pd(create.pd, true);
-        self.qps.insert(qp.qpn, Qp { place, pd: create.pd });
+        self.qps.insert(qp.qpn, Qp { place, pd: create.pd, recv_cq: create.recv_cq });
         Ok(Answer::Qp(qp))
     }
 
@@ -155,9 +160,12 @@ impl Client {
             Some(Ok(_)) => {}
         }
         if let Some(qp) = self.qps.remove(&qpn) {
-            // A peer that was stopped in the middle may still write there: that room is never used again.
+            // A peer that was stopped in the middle may still write there and into the CQ: neither room is ever
+            // used again.
             if free {
                 self.arena.release(qp.place);
+            } else if let Some(cq) = self.cqs.get_mut(&qp.recv_cq) {
+                cq.haunted = true;
             }
             self.use_pd(qp.pd, false);
         }
