@@ -163,6 +163,8 @@ pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes a live CQ of ours, whose context is open.
         let (device, own) = unsafe { (device::state((*cq).context), Arc::clone(Cq::of(cq))) };
+        // The events that it would take back are the parent's.
+        device.health().check_owner()?;
         if !own.rings.lock().is_empty() {
             return Err(Errno::BUSY);
         }

@@ -397,6 +397,8 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
         let (device, own, attr) = unsafe { (device::state((*qp).context), Qp::of(qp), &*attr) };
         let mask = mask as u32;
         let request = Request::ModifyQp { qpn: own.number, mask, attr: qp_attr::from_c(attr) };
+        // First, since a lock that another thread held at a fork is never free in the child.
+        device.health().check_owner()?;
         let mut paused = own.direct.pause();
         let (answer, fds) = device.link.ask(&request, &[])?;
         if mask & ffi::IBV_QP_STATE != 0 && attr.qp_state == QpState::Reset.value() {
