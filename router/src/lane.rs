@@ -30,6 +30,9 @@ use crate::{memory::ClientMemory, segment};
 const TURNS: u32 = 16;
 /// How long a lane looks for work before it sleeps, where it has a core to itself.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long it looks on a crowded machine, once after each time it was woken: the answer to what it has just
+/// delivered comes at once or not at all.
+const LINGER: Duration = Duration::from_micros(2);
 /// Cores from which on a lane may spin. With fewer it would take the core of those it waits for.
 const CORES_TO_SPIN: usize = 4;
 /// Priority of the lane, where it is permitted: it runs at once when clients that spin ring it.
@@ -115,44 +118,56 @@ impl Lane {
 
     fn serve(&self) {
         raise_priority();
-        let spin = thread::available_parallelism().map_or(1, usize::from) >= CORES_TO_SPIN;
-        let mut idle_since = None;
+        let crowded = thread::available_parallelism().map_or(1, usize::from) < CORES_TO_SPIN;
+        let (mut busy_looks, mut idle_since) = (0_u32, None);
         while !self.stopping.load(Ordering::SeqCst) {
-            if self.turns().0 {
-                idle_since = None;
+            let look = self.look();
+            if look.worked {
+                (busy_looks, idle_since) = (busy_looks.saturating_add(1), None);
                 continue;
             }
-            if spin && idle_since.get_or_insert_with(Instant::now).elapsed() < SPIN {
+            let patience = match (crowded, busy_looks) {
+                (false, _) => SPIN,
+                (true, 1) => LINGER,
+                (true, _) => Duration::ZERO,
+            };
+            if !patience.is_zero() && idle_since.get_or_insert_with(Instant::now).elapsed() < patience {
                 std::hint::spin_loop();
                 continue;
             }
-            let seen = self.word.seen();
-            self.page.set_asleep(true);
-            let (more, timer) = self.turns();
-            if !more && !self.stopping.load(Ordering::SeqCst) {
-                self.sleep(seen, timer);
-            }
-            self.page.set_asleep(false);
-            idle_since = None;
+            self.doze();
+            (busy_looks, idle_since) = (0, None);
         }
     }
 
-    /// Some turns with the fabric locked: whether there is more to do now, else when there will be.
-    fn turns(&self) -> (bool, Option<u64>) {
+    /// Says that the lane sleeps, looks once more, and sleeps if there is still nothing.
+    fn doze(&self) {
+        let seen = self.word.seen();
+        self.page.set_asleep(true);
+        let look = self.look();
+        if !look.worked && !self.stopping.load(Ordering::SeqCst) {
+            self.sleep(seen, look.timer);
+        }
+        self.page.set_asleep(false);
+    }
+
+    /// Takes doorbells and gives some turns, with the fabric locked.
+    fn look(&self) -> Look {
         let mut fabric = self.fabric.lock();
-        let mut more = true;
+        let mut look = Look::default();
         for _ in 0..TURNS {
-            fabric.collect();
-            more = fabric.run(now());
+            let rung = fabric.collect();
+            let more = fabric.run(now());
+            look.worked |= rung || more;
             if !more || self.waiters.load(Ordering::Relaxed) > 0 {
                 break;
             }
         }
-        let timer = if more { None } else { fabric.next_timer() };
+        look.timer = fabric.next_timer();
         if self.waiters.load(Ordering::Relaxed) > 0 {
             MutexGuard::unlock_fair(fabric);
         }
-        (more, timer)
+        look
     }
 
     /// Waits until the wake word is no longer what was seen, or `timer` is due.
@@ -169,6 +184,15 @@ impl Lane {
 pub(crate) fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// What a look at the fabric found.
+#[derive(Clone, Copy, Debug, Default)]
+struct Look {
+    /// Somebody rang, or a turn left more to do.
+    worked: bool,
+    /// When to look again in any case.
+    timer: Option<u64>,
 }
 
 /// `struct sched_attr` of sched_setattr(2), its first version.

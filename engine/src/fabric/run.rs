@@ -27,18 +27,20 @@ enum Turn {
 }
 
 impl<M: Memory> Fabric<M> {
-    /// Takes all doorbells.
-    pub fn collect(&mut self) {
+    /// Takes all doorbells. True: some were rung.
+    pub fn collect(&mut self) -> bool {
         let mut rung = std::mem::take(&mut self.rung);
         for client in self.clients.iter().flatten() {
             if client.doorbells.pending() {
                 client.doorbells.take(|slot| rung.extend(client.slots.get(slot as usize).copied().flatten()));
             }
         }
+        let any = !rung.is_empty();
         for at in rung.drain(..) {
             self.answer(at);
         }
         self.rung = rung;
+        any
     }
 
     /// A QP's owner rang: something posted, on either queue.
