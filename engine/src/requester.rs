@@ -24,6 +24,11 @@ use crate::{
     transfer::{Broken, Side, transfer},
 };
 
+/// The `rnr_retry` that means: as often as it takes.
+const RNR_FOR_EVER: u8 = 7;
+/// How long such a request pauses at least, ns; a short RNR timer would keep a lane busy for nothing.
+const LONG_PAUSE: u64 = 10_000_000;
+
 /// What lies at the head of the send queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fetch {
@@ -384,15 +389,18 @@ impl Requester {
     /// The peer has no receive posted: RNR NAK.
     fn wait_receive(&mut self, code: u8, now: u64) -> Attempt {
         self.traffic.rnr_naks += 1;
-        if self.retries.rnr_retry != 7 {
-            if self.rnr_left == 0 {
-                return self.fail(WcStatus::RnrRetryExcErr, false, None);
-            }
+        let mut pause = rnr_timer(code).as_nanos() as u64;
+        if self.retries.rnr_retry == RNR_FOR_EVER {
+            // A posted receive ends the wait anyway, and nobody can count the retries.
+            pause = pause.max(LONG_PAUSE);
+        } else if self.rnr_left == 0 {
+            return self.fail(WcStatus::RnrRetryExcErr, false, None);
+        } else {
             self.rnr_left -= 1;
         }
         self.placed = 0;
         self.deadline = None;
-        Attempt::Wait(Some(now + rnr_timer(code).as_nanos() as u64))
+        Attempt::Wait(Some(now + pause))
     }
 
     /// The peer does not answer: it counts as a timeout when the deadline is over.
