@@ -29,7 +29,6 @@ mod pd;
 mod poll;
 mod post;
 mod qp;
-mod qp_attr;
 mod router_link;
 mod watch;
 mod wr;

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{self, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex};
-use verbs_abi::proto::{Answer, CreateQp, NewQp, QpCap, Request};
+use verbs_abi::proto::{Answer, CreateQp, NewQp, QpAttr, QpCap, Request};
+use verbs_abi::qp_attr;
 use verbs_abi::shm::Window;
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
 use verbs_abi::shm::queue::{Geometry, QueueArea};
-use verbs_abi::verbs::{Opcode, QpState, QpType, WcStatus};
+use verbs_abi::verbs::{Opcode, QpAttrMask, QpState, QpType, WcStatus};
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::VERBS_QP_EX;
@@ -26,7 +27,6 @@ use crate::lock::Lock;
 use crate::pd::Pd;
 use crate::poll::Side;
 use crate::post::{RecvQueue, SendQueue};
-use crate::qp_attr;
 use crate::wr;
 
 /// Operations that a send queue executes, on the QP types that have them.
@@ -315,7 +315,7 @@ pub(crate) fn limits(attr: &ibv_qp_init_attr) -> Result<Limits, Errno> {
     if !matches!(qp_type, QpType::Rc | QpType::Uc | QpType::Ud) || !attr.srq.is_null() {
         return Err(Errno::OPNOTSUPP);
     }
-    let cap = qp_attr::cap_from_c(&attr.cap);
+    let cap = qp_attr::cap_from_c(attr.cap);
     Geometry::new(cap.max_send_wr, cap.max_recv_wr, cap.max_send_sge, cap.max_recv_sge, cap.max_inline_data)
         .ok_or(Errno::INVAL)?;
     let allowed = OPCODES.into_iter().filter(|opcode| opcode.allowed_on(qp_type));
@@ -393,15 +393,17 @@ unsafe fn show_extended(object: *mut QpObject) -> Result<(), Errno> {
 
 pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int {
     edge::status(|| {
-        // SAFETY: libibverbs passes a live QP of ours, whose context is open, and the application's attributes.
-        let (device, own, attr) = unsafe { (device::state((*qp).context), Qp::of(qp), &*attr) };
-        let mask = mask as u32;
-        let request = Request::ModifyQp { qpn: own.number, mask, attr: qp_attr::from_c(attr) };
+        // SAFETY: libibverbs passes a live QP of ours, whose context is open.
+        let (device, own) = unsafe { (device::state((*qp).context), Qp::of(qp)) };
+        let named = QpAttrMask::try_from(mask as u32).map_err(|_| Errno::INVAL)?;
+        // SAFETY: the application's attributes, of which it filled in those that it names.
+        let attr = unsafe { qp_attr::read_qp_attr(attr, named) };
+        let request = Request::ModifyQp { qpn: own.number, mask: mask as u32, attr };
         // First, since a lock that another thread held at a fork is never free in the child.
         device.health().check_owner()?;
         let mut paused = own.direct.pause();
         let (answer, fds) = device.link.ask(&request, &[])?;
-        if mask & ffi::IBV_QP_STATE != 0 && attr.qp_state == QpState::Reset.value() {
+        if named.contains(QpAttrMask::STATE) && attr.qp_state == QpState::Reset.value() {
             paused.disconnect();
             own.restart();
         }
@@ -427,7 +429,7 @@ pub(crate) unsafe extern "C" fn query(
         let (Answer::Attr(told), _) = answer else { return Err(Errno::PROTO) };
         // SAFETY: the application passes room for both.
         unsafe {
-            attr.write(qp_attr::to_c(&told, own.limits.cap));
+            qp_attr::write_qp_attr(&QpAttr { cap: own.limits.cap, ..told }, attr);
             init.write(ibv_qp_init_attr {
                 qp_context: (*qp).qp_context,
                 send_cq: (*qp).send_cq,
