@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: the benchmarks of the crates, then the ratios that the whole system promises.
 
 mod ratios;
+mod wake;
 
 use std::{path::PathBuf, process::ExitCode};
 
