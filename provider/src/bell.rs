@@ -46,7 +46,10 @@ impl Bell {
     #[cold]
     fn wake(&self) {
         self.word.wake();
-        self.step_aside();
+        // Where the wake-up has put the router in front of this thread, it has been here already.
+        if self.doorbells.pending() {
+            self.step_aside();
+        }
     }
 
     /// Lets the router run, where there are not processors enough for all.
