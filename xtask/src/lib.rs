@@ -1,5 +1,5 @@
 //! What the developer's front door and the whole-system tests share: the install tree, a router for a while,
-//! network namespaces, and stock tools run as a server and a client with a time limit.
+//! network namespaces, stock tools run as a server and a client with a time limit, and rdma-core's own tests.
 //!
 //! Does: start, watch and stop processes, and read what perftest prints. Leaves to others: what is asserted
 //! (`tests/`), and what a developer asks for (the `xtask` program).
@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bed;
+pub mod conformance;
 pub mod interrupt;
 pub mod matrix;
 pub mod netns;

@@ -4,6 +4,7 @@
 
 mod bench;
 mod build;
+mod conform;
 mod demo;
 mod packages;
 mod table;
@@ -35,6 +36,8 @@ enum Command {
     Demo(demo::Options),
     /// Run the tests: all, or the named tiers
     Test(test::Options),
+    /// Run rdma-core's own tests and compare with the committed tables
+    Conformance(conform::Options),
     /// Run the benchmarks: those of the crates, then the whole system's ratios
     Bench(bench::Options),
     /// Answer TCP pings (the demo runs this in a network namespace)
@@ -61,6 +64,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Build(options) => build::main(&options),
         Command::Demo(options) => demo::main(&options),
         Command::Test(options) => test::main(&options),
+        Command::Conformance(options) => conform::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::TcpServe { port } => tcp::serve(port).map(|()| ExitCode::SUCCESS),
         Command::TcpPing { address, port } => tcp::ping(address, port).map(|()| ExitCode::SUCCESS),

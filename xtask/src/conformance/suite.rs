@@ -1,0 +1,214 @@
+//! Getting a release of rdma-core's tests, with a pyverbs of the same release, from the package registries.
+//!
+//! v44 is what Debian 12 has: its package `python3-pyverbs` carries the compiled module and the tests; it is
+//! downloaded and unpacked, not installed. v55 is built from the sources that the crate `ibverbs-sys` carries, once.
+//! Both are kept in the target directory.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::process::{command, has_program, run};
+
+/// The Python of Debian, for which its pyverbs is built.
+const DEBIAN_PYTHON: &str = "/usr/bin/python3";
+/// The crate whose archive holds the sources of rdma-core 55.
+const SOURCE_CRATE: (&str, &str) = ("ibverbs-sys", "0.3.2+55.0");
+/// What compiles pyverbs.
+const CYTHON: &str = "cython==3.0.12";
+const FETCH_LIMIT: Duration = Duration::from_secs(10 * 60);
+const BUILD_LIMIT: Duration = Duration::from_secs(60 * 60);
+
+/// A release of rdma-core's tests.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Suite {
+    /// Debian 12's.
+    V44,
+    /// Built from source.
+    V55,
+}
+
+/// A suite that is ready to run.
+#[derive(Clone, Debug)]
+pub struct Tests {
+    /// The folder of the tests.
+    pub folder: PathBuf,
+    /// The folder that holds pyverbs.
+    pub pyverbs: PathBuf,
+    /// Where libibverbs and librdmacm are, if not where they always are.
+    pub libraries: Option<PathBuf>,
+    /// The Python that the module is for.
+    pub python: String,
+}
+
+impl Suite {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V44, Self::V55];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V44 => "v44",
+            Self::V55 => "v55",
+        }
+    }
+
+    /// The committed table of what its tests come to.
+    pub fn table(self, workspace: &Path) -> PathBuf {
+        workspace.join(format!("conformance/{}.txt", self.name()))
+    }
+
+    /// Gets it ready below `cache`, unless it is there already.
+    pub fn prepare(self, cache: &Path) -> Result<Tests> {
+        let home = cache.join("conformance").join(self.name());
+        let tests = match self {
+            Self::V44 => prepare_debian(&home),
+            Self::V55 => prepare_source(&home),
+        };
+        tests.with_context(|| format!("cannot get rdma-core's tests {}", self.name()))
+    }
+}
+
+/// Debian's package, unpacked.
+fn prepare_debian(home: &Path) -> Result<Tests> {
+    let tests = Tests {
+        folder: home.join("usr/share/doc/rdma-core/tests"),
+        pyverbs: home.join("usr/lib/python3/dist-packages"),
+        libraries: None,
+        python: DEBIAN_PYTHON.to_owned(),
+    };
+    if tests.folder.join("base.py").exists() {
+        return Ok(tests);
+    }
+    for program in ["apt-get", "dpkg-deb", "gunzip", DEBIAN_PYTHON] {
+        ensure!(
+            Path::new(program).exists() || has_program(program),
+            "it needs Debian 12: there is no {program}"
+        );
+    }
+    let package = fresh(home)?;
+    let mut download = command(["apt-get", "download", "-qq", "python3-pyverbs"]);
+    download.current_dir(&package);
+    run(download, FETCH_LIMIT)?;
+    let archive = only_file(&package)?;
+    let version = archive.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    ensure!(version.contains("_44."), "this system has {version}, and not the release of Debian 12");
+    let unpacked = package.join("unpacked");
+    run(command([Path::new("dpkg-deb"), Path::new("-x"), &archive, &unpacked]), FETCH_LIMIT)?;
+    let mut unzip = command(["gunzip", "--recursive"]);
+    unzip.arg(unpacked.join("usr/share/doc/rdma-core/tests"));
+    run(unzip, FETCH_LIMIT)?;
+    replace(&unpacked, home)?;
+    fs::remove_dir_all(&package)?;
+    Ok(tests)
+}
+
+/// rdma-core from source, built in place, with the Cython of a virtual environment.
+fn prepare_source(home: &Path) -> Result<Tests> {
+    let (source, build, environment) = (home.join("source"), home.join("build"), home.join("python"));
+    let python = environment.join("bin/python3");
+    let tests = Tests {
+        folder: source.join("tests"),
+        pyverbs: build.join("python"),
+        libraries: Some(build.join("lib")),
+        python: python.display().to_string(),
+    };
+    let done = home.join("built");
+    if done.exists() {
+        return Ok(tests);
+    }
+    for program in ["cmake", "ninja", "pkg-config", "python3", "cargo"] {
+        ensure!(
+            has_program(program),
+            "there is no {program}: install cmake ninja-build pkg-config python3-venv"
+        );
+    }
+    println!("Building rdma-core's pyverbs of release 55, once ...");
+    let room = fresh(home)?;
+    copy_source(&crate_source(&room)?, &room.join("source"))?;
+    replace(&room.join("source"), &source)?;
+    fs::remove_dir_all(&room)?;
+    let base = if Path::new("/usr/include/python3.11/Python.h").exists() { DEBIAN_PYTHON } else { "python3" };
+    run(command([Path::new(base), Path::new("-m"), Path::new("venv"), &environment]), FETCH_LIMIT)?;
+    let mut pip = command([&python]);
+    pip.args(["-m", "pip", "install", "--quiet", CYTHON]);
+    run(pip, FETCH_LIMIT)?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{path}", environment.join("bin").display());
+    fs::create_dir_all(&build)?;
+    let mut configure = command(["cmake", "-GNinja", "-DIN_PLACE=1", "-DNO_MAN_PAGES=1"]);
+    configure.arg(format!("-DPYTHON_EXECUTABLE={}", python.display())).arg(&source);
+    run(in_folder(configure, &build, &path), BUILD_LIMIT)?;
+    run(in_folder(command(["nice", "-n", "10", "ninja", "-j2"]), &build, &path), BUILD_LIMIT)?;
+    ensure!(tests.pyverbs.join("pyverbs").exists(), "the build made no pyverbs: is python3-dev installed?");
+    fs::write(done, "")?;
+    Ok(tests)
+}
+
+fn in_folder(mut command: std::process::Command, folder: &Path, path: &str) -> std::process::Command {
+    command.current_dir(folder).env("PATH", path);
+    command
+}
+
+/// Where cargo keeps the sources of the crate; fetched if they are not there.
+fn crate_source(room: &Path) -> Result<PathBuf> {
+    let (name, version) = SOURCE_CRATE;
+    let package = room.join("fetch");
+    fs::create_dir_all(package.join("src"))?;
+    fs::write(package.join("src/lib.rs"), "")?;
+    let manifest = format!(
+        "[package]\nname = \"fetch\"\nversion = \"0.0.0\"\nedition = \"2021\"\n[dependencies]\n\
+         {name} = \"={version}\"\n[workspace]\n"
+    );
+    fs::write(package.join("Cargo.toml"), manifest)?;
+    let mut metadata = command(["cargo", "metadata", "--format-version", "1"]);
+    metadata.current_dir(&package);
+    let outcome = run(metadata, FETCH_LIMIT)?;
+    let metadata: serde_json::Value = serde_json::from_str(&outcome.stdout)?;
+    let mut packages = metadata["packages"].as_array().into_iter().flatten();
+    let found = packages.find(|package| package["name"] == name).context("cargo knows no such crate")?;
+    let manifest = found["manifest_path"].as_str().context("cargo names no manifest")?;
+    Ok(Path::new(manifest).parent().unwrap_or(Path::new("/")).join("vendor/rdma-core"))
+}
+
+/// Copies the sources: cargo's own are shared and stay as they are.
+fn copy_source(from: &Path, to: &Path) -> Result<()> {
+    let mut copy = command(["cp", "--recursive", "--no-preserve=mode,ownership"]);
+    copy.args([from, to]);
+    run(copy, FETCH_LIMIT)?;
+    // A build runs scripts of the tree.
+    let mut executable = command(["chmod", "--recursive", "u+rwX,+x"]);
+    executable.arg(to.join("buildlib"));
+    run(executable, FETCH_LIMIT).map(|_| ())
+}
+
+/// An empty folder beside the place of something, on the same file system.
+fn fresh(home: &Path) -> Result<PathBuf> {
+    let room = home.with_extension("new");
+    if room.exists() {
+        fs::remove_dir_all(&room)?;
+    }
+    fs::create_dir_all(&room).with_context(|| format!("cannot make {}", room.display()))?;
+    Ok(room)
+}
+
+/// Puts a finished folder in its place.
+fn replace(from: &Path, to: &Path) -> Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to)?;
+    }
+    fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
+    fs::rename(from, to).with_context(|| format!("cannot move {} to {}", from.display(), to.display()))
+}
+
+fn only_file(folder: &Path) -> Result<PathBuf> {
+    let mut files = fs::read_dir(folder)?.map_while(Result::ok).map(|entry| entry.path());
+    match (files.next(), files.next()) {
+        (Some(file), None) => Ok(file),
+        _ => bail!("apt-get did not download exactly one file"),
+    }
+}
