@@ -144,14 +144,16 @@ def find_address(dev):
     return (found[1], found[2]) if found else (0, None)
 
 
-def tell_address(address):
-    """Tells the tests the IP address of the device, which they would look for in /sys or ask the kernel for."""
+def tell_what_the_kernel_would(address):
+    """Tells the tests what they would look for in /sys or ask the kernel for: the device's IP address, its P_Key."""
     import tests.base
+    import tests.utils
 
     def told(self, dev, port, index, *_):
         self.args.append([dev, port, index, address, "02:00:00:00:00:01"])
 
     tests.base.RDMATestCase._get_ip_mac = told
+    tests.utils.get_pkey_from_kernel = lambda device, port=1, index=0: 0xFFFF
 
 
 def load(folder, dev, gid, unwanted):
@@ -184,7 +186,7 @@ def main():
     options = arguments()
     gid, address = find_address(options.dev)
     tests = load(os.path.abspath(options.tests), options.dev, gid, options.skip_module)
-    tell_address(address)
+    tell_what_the_kernel_would(address)
     for test in tests:
         name = test.id().removeprefix("tests.")
         if options.only and not any(word in name for word in options.only):

@@ -18,7 +18,7 @@ use verbs_abi::{
 
 use crate::{
     Completions, FLUSH, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
-    memory::{Span, check_list},
+    memory::{Span, all_reached, check_list},
     place::Atomic,
     responder::{Reply, Request},
     transfer::{Broken, Side, transfer},
@@ -320,6 +320,8 @@ impl Requester {
                 Ok(span) => self.fill(local, (remote, span.as_slice()), &request),
                 Err(reply) => reply,
             },
+            // What was found must have its place before it is changed.
+            _ if opcode.is_atomic() && self.owner && !all_reached(local, &self.spans) => Reply::OutOfReach,
             Opcode::CmpAndSwp | Opcode::FetchAndAdd => {
                 let operation = match opcode {
                     Opcode::CmpAndSwp => {
@@ -381,6 +383,8 @@ impl Requester {
             Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
             Reply::Rnr(code) => self.wait_receive(code, now),
             Reply::Silence => self.wait_peer(now),
+            // The router may reach it: it finds pages on demand.
+            Reply::SourceFault if self.owner => Attempt::Wait(None),
             Reply::SourceFault => self.fail(WcStatus::LocProtErr, false, None),
             Reply::Nak(status, event) => self.fail(status, true, event),
         }

@@ -1,7 +1,6 @@
 //! Address handles: purely local, since the whole address goes into each datagram's work request.
 
 use std::ffi::c_int;
-use std::sync::atomic::Ordering;
 
 use verbs_abi::ffi::{ibv_ah, ibv_ah_attr, ibv_pd};
 use verbs_abi::shm::wqe::Address;
@@ -51,7 +50,7 @@ pub(crate) unsafe extern "C" fn create(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) 
             qpn: 0,
             qkey: 0,
         };
-        own.ahs.fetch_add(1, Ordering::SeqCst);
+        own.hold();
         let public = ibv_ah { context, pd, handle: 0 };
         Ok(Box::into_raw(Box::new(Ah { public, address })).cast())
     })
@@ -61,7 +60,7 @@ pub(crate) unsafe extern "C" fn destroy(ah: *mut ibv_ah) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes what `create` returned, once; its PD outlives it.
         unsafe {
-            Pd::of((*ah).pd).ahs.fetch_sub(1, Ordering::SeqCst);
+            Pd::of((*ah).pd).let_go();
             drop(Box::from_raw(ah.cast::<Ah>()));
         }
         Ok(())

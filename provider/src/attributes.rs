@@ -6,6 +6,7 @@ use verbs_abi::ffi;
 use verbs_abi::proto::Welcome;
 use verbs_abi::shm::wqe;
 
+use crate::dm;
 use crate::gid::TABLE_LEN;
 
 /// Reads and atomics that a QP may have outstanding, either way.
@@ -68,7 +69,21 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.phys_port_cnt = 1;
     all.device_cap_flags_ex = u64::from(all.orig_attr.device_cap_flags);
     all.phys_port_cnt_ex = 1;
+    all.max_dm_size = dm::MAX_TOTAL;
+    on_demand(&mut all);
     all
+}
+
+/// Every transport finds pages on demand, for whatever it does.
+fn on_demand(all: &mut ffi::ibv_device_attr_ex) {
+    let messages = ffi::IBV_ODP_SUPPORT_SEND | ffi::IBV_ODP_SUPPORT_RECV | ffi::IBV_ODP_SUPPORT_SRQ_RECV;
+    let remote = ffi::IBV_ODP_SUPPORT_WRITE | ffi::IBV_ODP_SUPPORT_READ | ffi::IBV_ODP_SUPPORT_ATOMIC;
+    all.odp_caps.general_caps = u64::from(ffi::IBV_ODP_SUPPORT | ffi::IBV_ODP_SUPPORT_IMPLICIT);
+    let caps = &mut all.odp_caps.per_transport_caps;
+    caps.rc_odp_caps = messages | remote;
+    caps.uc_odp_caps = messages | ffi::IBV_ODP_SUPPORT_WRITE;
+    caps.ud_odp_caps = messages;
+    all.xrc_odp_caps = messages | remote;
 }
 
 /// Fills in the attributes of the port. Only the fields of release 25 are touched: the structure has grown since.

@@ -6,6 +6,7 @@
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{Mode as FileMode, OFlags};
@@ -49,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) events: AsyncEvents,
     /// The clients whose QPs this one executes on directly.
     pub(crate) peers: Peers,
+    /// Bytes of device memory in use.
+    pub(crate) dm_bytes: AtomicU64,
     gids: GidTable,
     watched: Mutex<Option<watch::Ticket>>,
 }
@@ -75,6 +78,7 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         channels: Channels::default(),
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),
+        dm_bytes: AtomicU64::new(0),
         gids: GidTable::default(),
         watched: Mutex::default(),
         link,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use verbs_abi::ffi::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_pd, ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
 };
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::cq::{Arm, CqArea};
@@ -17,6 +17,7 @@ use crate::context::Context;
 use crate::device;
 use crate::event::{self, Channel, CqEvents};
 use crate::lock::Lock;
+use crate::pd::Pd;
 use crate::poll::Rings;
 
 /// Polls that find nothing before the thread steps aside.
@@ -28,6 +29,8 @@ pub(crate) struct CqObject {
     pub(crate) public: ibv_cq_ex,
     room: [u64; 16],
     cq: Arc<Cq>,
+    /// Its parent domain, or null.
+    pub(crate) domain: *mut ibv_pd,
 }
 
 /// A CQ.
@@ -151,7 +154,12 @@ pub(crate) unsafe fn new(
     let cq = Arc::new(Cq::new(id, events, &device.bell, channel));
     // SAFETY: just allocated; the public part is integers, pointers and optional functions, so zero is a value.
     unsafe {
-        object.write(CqObject { public: std::mem::zeroed(), room: [0; 16], cq });
+        object.write(CqObject {
+            public: std::mem::zeroed(),
+            room: [0; 16],
+            cq,
+            domain: std::ptr::null_mut(),
+        });
         (*object).public.context = context;
         (*object).public.handle = id;
         (*object).public.cqe = cqe as c_int;
@@ -178,8 +186,29 @@ pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
                 (*cq).comp_events_completed == delivered.load(Ordering::SeqCst)
                     && (*cq).async_events_completed == reported.load(Ordering::SeqCst)
             });
-            drop(Box::from_raw(cq.cast::<CqObject>()));
+            let object = Box::from_raw(cq.cast::<CqObject>());
+            if !object.domain.is_null() {
+                Pd::of(object.domain).let_go();
+            }
         }
+        Ok(())
+    })
+}
+
+/// Gives a CQ another size: a number alone, as its rings hold whatever its QPs can complete.
+pub(crate) unsafe extern "C" fn resize(cq: *mut ibv_cq, cqe: c_int) -> c_int {
+    edge::status(|| {
+        // SAFETY: libibverbs passes a live CQ of ours, whose context is open.
+        let (device, own) = unsafe { (device::state((*cq).context), Cq::of(cq)) };
+        device.health().check_owner()?;
+        let wanted = u32::try_from(cqe).ok().filter(|&cqe| cqe > 0 && cqe <= device.welcome.limits.max_cqe);
+        let wanted = wanted.ok_or(Errno::INVAL)?;
+        let rings = own.rings.lock();
+        if rings.filled() > u64::from(wanted) {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: as above; the field is written under the lock of the rings.
+        unsafe { (*cq).cqe = cqe };
         Ok(())
     })
 }

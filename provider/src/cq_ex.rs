@@ -2,14 +2,16 @@
 //! `end_poll`.
 
 use std::ffi::{c_int, c_uint};
+use std::ptr;
 
 use verbs_abi::ffi::{
-    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_WC_STANDARD_FLAGS, ibv_context, ibv_cq_ex, ibv_cq_init_attr_ex,
-    ibv_poll_cq_attr, ibv_wc_opcode,
+    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_CQ_INIT_ATTR_MASK_PD, IBV_WC_STANDARD_FLAGS, ibv_context, ibv_cq_ex,
+    ibv_cq_init_attr_ex, ibv_poll_cq_attr, ibv_wc_opcode,
 };
 
 use crate::abi::edge::{self, Errno};
 use crate::cq::{self, Cq};
+use crate::pd::Pd;
 use crate::poll::Rings;
 
 pub(crate) unsafe extern "C" fn create(
@@ -21,14 +23,27 @@ pub(crate) unsafe extern "C" fn create(
         let attr = unsafe { &*attr };
         // Locks stay, whatever IBV_CREATE_CQ_ATTR_SINGLE_THREADED allows; a CQ never overruns here.
         if attr.wc_flags & !u64::from(IBV_WC_STANDARD_FLAGS) != 0
-            || attr.comp_mask & !IBV_CQ_INIT_ATTR_MASK_FLAGS != 0
+            || attr.comp_mask & !(IBV_CQ_INIT_ATTR_MASK_FLAGS | IBV_CQ_INIT_ATTR_MASK_PD) != 0
         {
             return Err(Errno::OPNOTSUPP);
+        }
+        let has_domain = attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_PD != 0;
+        let domain = if has_domain { attr.parent_domain } else { ptr::null_mut() };
+        // SAFETY: the application names a live PD.
+        if has_domain && (domain.is_null() || !unsafe { Pd::of(domain) }.is_parent_domain()) {
+            return Err(Errno::INVAL);
         }
         // SAFETY: a live channel of this context, or none.
         let channel = (!attr.channel.is_null()).then(|| unsafe { (*attr.channel).fd });
         // SAFETY: libibverbs passes an open context of ours.
         let object = unsafe { cq::new(context, attr.cqe, channel, attr.comp_vector) }?;
+        if has_domain {
+            // SAFETY: as above; the object was just made.
+            unsafe {
+                Pd::of(domain).hold();
+                (*object).domain = domain;
+            }
+        }
         // SAFETY: just made, and nobody else has it.
         let public = unsafe { &mut (*object).public };
         public.start_poll = Some(start_poll);

@@ -17,7 +17,7 @@ use verbs_abi::shm::cqe::CompletionWriter;
 use verbs_abi::shm::mr_table::{MrEntry, MrTable};
 use verbs_abi::shm::queue::QueueArea;
 use verbs_abi::shm::{Window, arena};
-use verbs_abi::verbs::{QpState, QpType};
+use verbs_abi::verbs::{AccessFlags, QpState, QpType};
 
 use crate::context::Context;
 use crate::lock::{Guard, Lock};
@@ -165,6 +165,8 @@ impl Memory for Reach {
     #[inline]
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>> {
         match self {
+            // Pages that are found on demand may not be there: no fault of the application's own thread.
+            Reach::Own(_) if is_on_demand(mr) => None,
             Reach::Own(_) => NonNull::new(addr as *mut u8),
             Reach::Peer { .. } => {
                 let offset = usize::try_from(addr.checked_sub(mr.shared_start)?).ok()?;
@@ -178,7 +180,7 @@ impl Memory for Reach {
     #[inline]
     fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {
         match self {
-            Reach::Own(_) => true,
+            Reach::Own(_) => !is_on_demand(mr),
             Reach::Peer { .. } => {
                 let end = addr.checked_add(len);
                 let inside = addr >= mr.shared_start && end.is_some_and(|end| end <= mr.shared_end);
@@ -194,6 +196,11 @@ impl Memory for Reach {
     fn write(&self, _: u64, _: &[u8]) -> Result<(), Fault> {
         Err(Fault)
     }
+}
+
+#[inline]
+fn is_on_demand(mr: &MrEntry) -> bool {
+    mr.access & AccessFlags::ON_DEMAND.bits() != 0
 }
 
 /// What the owner needs to execute.

@@ -9,23 +9,29 @@ use verbs_abi::ffi::{
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::{ah, attributes, cq, cq_ex, device, mr, pd, post, qp};
+use crate::{ah, attributes, cq, cq_ex, device, dm, mr, on_demand, pd, post, qp};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
 pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
     let function = match op {
+        Op::AdviseMr => on_demand::advise as *const (),
+        Op::AllocDm => dm::alloc as *const (),
+        Op::AllocParentDomain => pd::alloc_parent_domain as *const (),
         Op::AllocPd => pd::alloc as *const (),
+        Op::AllocTd => pd::alloc_td as *const (),
         Op::CreateAh => ah::create as *const (),
         Op::CreateCq => cq::create as *const (),
         Op::CreateCqEx => cq_ex::create as *const (),
         Op::CreateQp => qp::create as *const (),
         Op::CreateQpEx => qp::create_ex as *const (),
         Op::DeallocPd => pd::dealloc as *const (),
+        Op::DeallocTd => pd::dealloc_td as *const (),
         Op::DeregMr => mr::deregister as *const (),
         Op::DestroyAh => ah::destroy as *const (),
         Op::DestroyCq => cq::destroy as *const (),
         Op::DestroyQp => qp::destroy as *const (),
+        Op::FreeDm => dm::free as *const (),
         Op::FreeContext => free_context as *const (),
         Op::ModifyQp => qp::modify as *const (),
         Op::PollCq => cq::poll as *const (),
@@ -35,7 +41,10 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::QueryDeviceEx => query_device_ex as *const (),
         Op::QueryPort => query_port as *const (),
         Op::QueryQp => qp::query as *const (),
+        Op::RegDmMr => dm::register as *const (),
         Op::RegMr => mr::register as *const (),
+        Op::ReregMr => mr::reregister as *const (),
+        Op::ResizeCq => cq::resize as *const (),
         Op::ReqNotifyCq => cq::request_notification as *const (),
         _ => return None,
     };
@@ -67,7 +76,7 @@ unsafe extern "C" fn query_device_ex(
         }
         // SAFETY: libibverbs passes an open context of ours.
         let device = unsafe { device::state(context) };
-        device.health().check_owner()?;
+        // Also in a child of fork: it is what the router said when the device was opened.
         let attributes = attributes::device(&device.welcome);
         let known = size.min(size_of::<ibv_device_attr_ex>());
         // SAFETY: libibverbs passes `size` writable bytes; what this build does not know stays zero.

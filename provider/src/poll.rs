@@ -172,6 +172,16 @@ impl Rings {
         taken
     }
 
+    /// Completions that wait to be polled, with those of sends that are being executed.
+    pub(crate) fn filled(&self) -> u64 {
+        let count = |ring: &Ring| match ring.side {
+            // First what is in flight: what is finished meanwhile counts twice, and not never.
+            Side::Send => ring.qp.in_flight() + ring.reader.available(),
+            Side::Recv => ring.reader.available(),
+        };
+        self.by_slot.iter().flatten().map(count).sum()
+    }
+
     /// Whether something that was posted has not been polled yet.
     pub(crate) fn has_outstanding(&self) -> bool {
         let mut rings = self.by_slot.iter().flatten();

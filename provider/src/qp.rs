@@ -189,6 +189,12 @@ impl Qp {
         posted.map_or(1, |posted| posted - self.freed(side).load(Ordering::Acquire))
     }
 
+    /// Sends that are not finished; none as far as can be told while somebody posts.
+    pub(crate) fn in_flight(&self) -> u64 {
+        let done = self.area.header.sq_done().load(Ordering::Acquire);
+        self.send.try_lock().map_or(0, |queue| queue.posted().saturating_sub(done))
+    }
+
     /// Completes the oldest outstanding WQE as flushed, the router being dead. The caller holds the CQ's lock.
     pub(crate) fn flush_oldest(&self, side: Side) -> Option<Cqe> {
         let mut at = self.freed(side).load(Ordering::Acquire);

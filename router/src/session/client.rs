@@ -184,6 +184,7 @@ impl Client {
             Request::DeallocPd { pd } => self.dealloc_pd(*pd),
             Request::RegMr(reg) => self.reg_mr(reg),
             Request::DeregMr { key } => return self.dereg_mr(*key, last),
+            Request::ReregMr { key, reg } => return self.rereg_mr(*key, reg, last),
             Request::CreateChannel => self.create_channel(fds),
             Request::DestroyChannel { channel } => self.destroy_channel(*channel),
             Request::CreateCq { cqe, channel } => self.create_cq(*cqe, *channel),

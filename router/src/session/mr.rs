@@ -1,11 +1,11 @@
-//! Memory regions: `ibv_reg_mr` and `ibv_dereg_mr`.
+//! Memory regions: `ibv_reg_mr`, `ibv_rereg_mr` and `ibv_dereg_mr`.
 
 use std::ops::Range;
 
 use rustix::io::Errno;
 use verbs_abi::{
-    proto::{Answer, RegMr, Reply},
-    shm::{PAGE, arena::REGION_LEN, mr_table::MrEntry},
+    proto::{Answer, RegMr, Reply, WHOLE_PROCESS},
+    shm::{PAGE, Window, arena::REGION_LEN, mr_table::MrEntry},
     verbs::AccessFlags,
 };
 
@@ -19,49 +19,112 @@ use crate::throttle::Throttle;
 #[derive(Debug)]
 pub(super) struct Mr {
     pd: u32,
-    len: u64,
+    /// What it counts for.
+    bytes: u64,
     /// The part that is mapped here.
     mapped: Option<Range<u64>>,
+    /// It became something else, and somebody may still use what it was: the part of that that is mapped.
+    former: Option<Option<Range<u64>>>,
 }
+
+/// The shared part of a region, as it is mapped here.
+type Mapped = Option<(Range<u64>, Window)>;
 
 impl Client {
     pub(super) fn reg_mr(&mut self, reg: &RegMr) -> Reply {
-        let access = check(reg)?;
+        let reg = check(reg)?;
+        let bytes = self.room_for(&reg, 0)?;
+        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error))?;
+        let mapped = match self.map_shared(&reg) {
+            Ok(mapped) => mapped,
+            Err(errno) => {
+                self.keys.put(key);
+                return Err(errno);
+            }
+        };
+        let mapped = self.enter(key, &reg, mapped);
+        self.use_pd(reg.pd, true);
+        self.mr_bytes = bytes;
+        self.mrs.insert(key, Mr { pd: reg.pd, bytes: weight(&reg), mapped, former: None });
+        Ok(Answer::Mr { key })
+    }
+
+    /// The key becomes another region at once; the reply waits until nobody uses what it named before.
+    pub(super) fn rereg_mr(&mut self, key: u32, reg: &RegMr, last: bool) -> Step {
+        let is_changed = match self.mrs.get(&key) {
+            None => return Step::Done(Err(Errno::INVAL.raw_os_error())),
+            Some(mr) => mr.former.is_some(),
+        };
+        if !is_changed && let Err(errno) = self.change_mr(key, reg) {
+            return Step::Done(Err(errno));
+        }
+        if !self.lane.with(|fabric| fabric.is_quiet(self.id)) && !last {
+            return Step::Later;
+        }
+        if let Some(former) = self.mrs.get_mut(&key).and_then(|mr| mr.former.take()).flatten() {
+            self.region.release(&former);
+        }
+        Step::Done(Ok(Answer::Done))
+    }
+
+    fn change_mr(&mut self, key: u32, reg: &RegMr) -> Result<(), i32> {
+        let invalid = Errno::INVAL.raw_os_error();
+        let reg = check(reg)?;
+        let (old_pd, old_bytes) = self.mrs.get(&key).map(|mr| (mr.pd, mr.bytes)).ok_or(invalid)?;
+        let bytes = self.room_for(&reg, old_bytes)?;
+        let mapped = self.map_shared(&reg)?;
+        let mapped = self.enter(key, &reg, mapped);
+        self.use_pd(reg.pd, true);
+        self.use_pd(old_pd, false);
+        self.mr_bytes = bytes;
+        if let Some(mr) = self.mrs.get_mut(&key) {
+            mr.former = Some(std::mem::replace(&mut mr.mapped, mapped));
+            (mr.pd, mr.bytes) = (reg.pd, weight(&reg));
+        }
+        Ok(())
+    }
+
+    /// The registered bytes with this region, in place of `instead_of` bytes; an error where that may not be.
+    fn room_for(&self, reg: &RegMr, instead_of: u64) -> Result<u64, i32> {
         if !self.pds.contains_key(&reg.pd) {
             return Err(Errno::INVAL.raw_os_error());
         }
-        let bytes = self.mr_bytes.checked_add(reg.len).filter(|bytes| *bytes <= self.memory_limit);
-        let bytes = bytes.ok_or(Errno::NOMEM.raw_os_error())?;
-        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error))?;
+        if reg.access & AccessFlags::ON_DEMAND.bits() != 0 && !self.reaches_process {
+            return Err(Errno::OPNOTSUPP.raw_os_error());
+        }
+        let bytes = (self.mr_bytes - instead_of).checked_add(weight(reg));
+        bytes.filter(|bytes| *bytes <= self.memory_limit).ok_or(Errno::NOMEM.raw_os_error())
+    }
+
+    /// Maps the part of a region that was moved to the region memfd.
+    fn map_shared(&mut self, reg: &RegMr) -> Result<Mapped, i32> {
         let shared = reg.shared_start..reg.shared_end;
-        let window = match shared.is_empty() {
-            true => None,
-            false => match self.region.view(&shared) {
-                Ok(window) => Some(window),
-                // The same bytes, reached the slow way.
-                Err(error) if self.reaches_process => {
-                    unmapped(self.id, &shared, &error);
-                    None
-                }
-                Err(error) => {
-                    self.keys.put(key);
-                    return Err(errno(&error));
-                }
-            },
-        };
-        let mapped = window.is_some().then_some(shared);
-        let RegMr { pd, addr, len, iova, .. } = *reg;
-        let Range { start: shared_start, end: shared_end } = mapped.clone().unwrap_or_default();
+        if shared.is_empty() {
+            return Ok(None);
+        }
+        match self.region.view(&shared) {
+            Ok(window) => Ok(Some((shared, window))),
+            // The same bytes, reached the slow way.
+            Err(error) if self.reaches_process => {
+                unmapped(self.id, &shared, &error);
+                Ok(None)
+            }
+            Err(error) => Err(errno(&error)),
+        }
+    }
+
+    /// Makes the key stand for the region; returns the part that is mapped.
+    fn enter(&self, key: u32, reg: &RegMr, mapped: Mapped) -> Option<Range<u64>> {
+        let (range, window) = mapped.unzip();
+        let RegMr { pd, addr, len, iova, access, .. } = *reg;
+        let Range { start: shared_start, end: shared_end } = range.clone().unwrap_or_default();
         let entry = MrEntry { key, pd, access, iova, addr, len, shared_start, shared_end };
         self.lane.with(|fabric| {
             if let Some(memory) = fabric.memory_mut(self.id) {
                 memory.insert(entry, window);
             }
         });
-        self.use_pd(pd, true);
-        self.mr_bytes = bytes;
-        self.mrs.insert(key, Mr { pd, len, mapped });
-        Ok(Answer::Mr { key })
+        range
     }
 
     /// The key dies at once; the reply waits until nobody uses what it named.
@@ -79,19 +142,24 @@ impl Client {
             return Step::Later;
         }
         if let Some(mr) = self.mrs.remove(&key) {
-            if let Some(mapped) = &mr.mapped {
+            for mapped in mr.mapped.iter().chain(mr.former.iter().flatten()) {
                 self.region.release(mapped);
             }
             self.keys.put(key);
             self.use_pd(mr.pd, false);
-            self.mr_bytes -= mr.len;
+            self.mr_bytes -= mr.bytes;
         }
         Step::Done(Ok(Answer::Done))
     }
 }
 
-/// Checks what needs no table; the access flags that count.
-fn check(reg: &RegMr) -> Result<u32, i32> {
+/// The bytes that a region counts for: one whose pages are found at each access holds none.
+fn weight(reg: &RegMr) -> u64 {
+    if reg.access & AccessFlags::ON_DEMAND.bits() == 0 { reg.len } else { 0 }
+}
+
+/// Checks what needs no table; returns the region with what counts of it.
+fn check(reg: &RegMr) -> Result<RegMr, i32> {
     let invalid = Err(Errno::INVAL.raw_os_error());
     let Ok(access) = AccessFlags::try_from(reg.access) else { return invalid };
     // Where the memory lies and how it is ordered are hints that this device need not follow.
@@ -102,24 +170,31 @@ fn check(reg: &RegMr) -> Result<u32, i32> {
     if !access.valid_for_mr() {
         return invalid;
     }
-    let end = reg.addr.checked_add(reg.len).filter(|end| *end <= REGION_LEN);
-    let (Some(end), Some(_)) = (end, reg.iova.checked_add(reg.len)) else { return invalid };
+    let on_demand = access.contains(AccessFlags::ON_DEMAND);
+    let zero_based = access.contains(AccessFlags::ZERO_BASED);
+    let is_implicit = on_demand && reg.addr == 0 && reg.len == WHOLE_PROCESS;
+    let len = if is_implicit { REGION_LEN } else { reg.len };
+    let end = reg.addr.checked_add(len).filter(|end| *end <= REGION_LEN);
+    let (Some(end), Some(_)) = (end, reg.iova.checked_add(len)) else { return invalid };
     let page = PAGE as u64;
     let shared = reg.shared_start..reg.shared_end;
     let aligned = shared.start % page == 0 && shared.end % page == 0;
     let inside = shared.start >= reg.addr / page * page && shared.end <= end.next_multiple_of(page);
-    let sane = shared.start == shared.end || shared.start < shared.end && aligned && inside;
-    if reg.len == 0 || !sane {
+    let sane = shared.start == shared.end || shared.start < shared.end && aligned && inside && !on_demand;
+    // Device memory may be registered in empty pieces; and only there addresses count from the start.
+    if len == 0 && !zero_based || zero_based && reg.iova != 0 || !sane {
         return invalid;
     }
-    Ok(access.bits())
+    Ok(RegMr { access: access.bits(), len, ..*reg })
 }
 
 /// The rights that this device gives.
 const KNOWN: AccessFlags = AccessFlags::LOCAL_WRITE
     .union(AccessFlags::REMOTE_WRITE)
     .union(AccessFlags::REMOTE_READ)
-    .union(AccessFlags::REMOTE_ATOMIC);
+    .union(AccessFlags::REMOTE_ATOMIC)
+    .union(AccessFlags::ZERO_BASED)
+    .union(AccessFlags::ON_DEMAND);
 
 fn unmapped(client: u32, range: &Range<u64>, error: &std::io::Error) {
     static UNMAPPED: Throttle = Throttle::new();
@@ -152,7 +227,7 @@ mod tests {
             change(&mut reg);
             check(&reg).is_err()
         };
-        assert_eq!(check(&reg()), Ok(15));
+        assert_eq!(check(&reg()), Ok(reg()));
         assert!(bad(|reg| reg.len = 0));
         assert!(bad(|reg| reg.len = u64::MAX));
         assert!(bad(|reg| reg.addr = REGION_LEN));
@@ -162,8 +237,21 @@ mod tests {
         assert!(bad(|reg| reg.shared_end += 0x2000));
         assert!(bad(|reg| reg.shared_end = 0x1_0000));
         assert!(bad(|reg| reg.access = 2));
-        assert!(bad(|reg| reg.access = 1 << 5));
+        assert!(bad(|reg| reg.access = 1 << 9), "no persistence");
+        assert!(bad(|reg| (reg.access, reg.iova) = (1 << 5, 8)), "zero-based means from zero");
+        assert!(bad(|reg| reg.access = 1 << 6), "nothing is moved for access on demand");
         assert!(!bad(|reg| reg.access = 1 | 1 << 20));
         assert!(!bad(|reg| (reg.shared_start, reg.shared_end) = (0, 0)));
+        let whole = RegMr {
+            addr: 0,
+            len: WHOLE_PROCESS,
+            iova: 0,
+            access: 1 << 6,
+            shared_start: 0,
+            shared_end: 0,
+            pd: 1,
+        };
+        assert_eq!(check(&whole).map(|reg| reg.len), Ok(REGION_LEN));
+        assert!(check(&RegMr { access: 1, ..whole }).is_err(), "only on demand");
     }
 }

@@ -44,6 +44,14 @@ pub enum Request {
         /// Its key.
         key: u32,
     },
+    /// `ibv_rereg_mr`: what the key stands for becomes this. When the reply arrives nobody touches the memory that it
+    /// stood for before.
+    ReregMr {
+        /// Its key, which stays.
+        key: u32,
+        /// The whole of what it is from now on.
+        reg: RegMr,
+    },
     /// Makes a completion channel known. Descriptor: its eventfd.
     CreateChannel,
     /// Forgets a completion channel.
@@ -88,6 +96,9 @@ pub enum Request {
     Status,
 }
 
+/// The length that stands for all of a process, in an on-demand registration from address 0.
+pub const WHOLE_PROCESS: u64 = u64::MAX;
+
 /// `ibv_reg_mr`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegMr {
@@ -99,7 +110,8 @@ pub struct RegMr {
     pub len: u64,
     /// First address as keys' users name it.
     pub iova: u64,
-    /// `enum ibv_access_flags`.
+    /// `enum ibv_access_flags`. With `ON_DEMAND` nothing is moved and every access finds the pages of that moment; from
+    /// address 0 with [`WHOLE_PROCESS`] bytes it covers whatever the process has.
     pub access: u32,
     /// First page of the part that lies in the region memfd.
     pub shared_start: u64,

@@ -102,6 +102,16 @@ impl CompletionReader {
         Self { ring, mask, head }
     }
 
+    /// Completions that could be taken now.
+    #[must_use]
+    pub fn available(&self) -> u64 {
+        let written = |at: &u64| {
+            let word = self.ring.u64((at & self.mask) as usize * CQE_LEN + 24).load(Ordering::Acquire);
+            (word >> 32) as u32 == sequence(*at)
+        };
+        (self.head..=self.head.saturating_add(self.mask)).take_while(written).count() as u64
+    }
+
     /// Takes the next completion.
     #[inline]
     pub fn pop(&mut self) -> Option<Cqe> {
@@ -150,6 +160,7 @@ mod tests {
                 })
                 .collect();
             written.iter().for_each(|cqe| writer.push(cqe));
+            assert_eq!(reader.available(), 3);
             let read: Vec<_> = std::iter::from_fn(|| reader.pop()).collect();
             assert_eq!(read, written);
         }
