@@ -5,6 +5,7 @@
 //! [`MAX_FDS`] descriptors. The first request is [`Request::Hello`] (or, from the command line,
 //! [`Request::Status`]). Closing the connection ends the client and frees all it had.
 
+pub mod cm;
 pub mod endpoint;
 pub mod message;
 

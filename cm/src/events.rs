@@ -1,0 +1,104 @@
+//! Event channels: what waits to be handed out, and what is taken back.
+
+use std::collections::VecDeque;
+
+use verbs_abi::proto::cm::{CmAnswer, Event, EventKind, EventParam};
+
+use crate::{CommId, Manager, Refusal, client::Queued, id::Id};
+
+impl Manager {
+    /// Takes queued events out of an id's channel, and with the events of requests the ids made for them.
+    pub(crate) fn purge(&mut self, comm: CommId, gone: impl Fn(&Queued) -> bool) -> u32 {
+        let Some(queue) = self.queue(comm) else { return 0 };
+        let before = queue.len();
+        let mut requests = Vec::new();
+        queue.retain(|queued| {
+            let gone = gone(queued);
+            requests.extend(queued.request.filter(|_| gone));
+            !gone
+        });
+        let revoked = before - queue.len();
+        for request in requests {
+            self.destroy(request);
+        }
+        revoked as u32
+    }
+
+    fn queue(&mut self, comm: CommId) -> Option<&mut VecDeque<Queued>> {
+        let id = self.ids.get(&comm)?;
+        self.clients.get_mut(&id.client)?.channels.get_mut(&id.channel)
+    }
+
+    /// Queues an event of an id, unless the client has no word for the id yet.
+    pub(crate) fn emit(&mut self, comm: CommId, kind: EventKind, status: i32, param: EventParam) {
+        let Some(id) = self.ids.get(&comm).filter(|id| id.uid != 0) else { return };
+        let event = Event { uid: id.uid, id: id.number, kind, status, param };
+        self.enqueue(comm, Queued { owner: comm, request: None, membership: None, event });
+    }
+
+    /// Queues an event that carries nothing.
+    pub(crate) fn emit_plain(&mut self, comm: CommId, kind: EventKind, status: i32) {
+        if let Some(param) = self.ids.get(&comm).map(Id::no_param) {
+            self.emit(comm, kind, status, param);
+        }
+    }
+
+    /// Puts an event into the channel of `comm`.
+    pub(crate) fn enqueue(&mut self, comm: CommId, queued: Queued) {
+        let Some((client, channel)) = self.ids.get(&comm).map(|id| (id.client, id.channel)) else { return };
+        if let Some(queue) = self.queue(comm) {
+            queue.push_back(queued);
+            self.rings.push((client, channel));
+        }
+    }
+
+    /// Hands the next event out.
+    pub(crate) fn next_event(&mut self, client: u32, channel: u32) -> Option<Event> {
+        let known = self.clients.get_mut(&client)?;
+        let queued = known.channels.get_mut(&channel)?.pop_front()?;
+        if let Some(membership) = queued.membership.and_then(|m| known.memberships.look_up_mut(m)) {
+            membership.events_reported += 1;
+        }
+        if let Some(owner) = self.ids.get_mut(&queued.owner) {
+            owner.events_reported += 1;
+        }
+        if queued.request.is_some() {
+            self.make_room(queued.owner);
+        }
+        Some(queued.event)
+    }
+
+    /// Moves an id and its queued events to another channel of its client.
+    pub(crate) fn migrate(&mut self, comm: CommId, channel: u32) -> Result<CmAnswer, Refusal> {
+        let id = self.id(comm)?;
+        let (client, events) = (id.client, id.events_reported);
+        let from = id.channel;
+        let mut moved = VecDeque::new();
+        if from != channel
+            && let Some(queue) = self.queue(comm)
+        {
+            let (gone, stay) = queue.drain(..).partition(|queued: &Queued| queued.owner == comm);
+            (moved, *queue) = (gone, stay);
+        }
+        let id = self.id_mut(comm)?;
+        id.channel = channel;
+        // The ids of requests that wait follow their listener.
+        let requests: Vec<CommId> = moved.iter().filter_map(|queued| queued.request).collect();
+        for request in requests {
+            if let Some(id) = self.ids.get_mut(&request) {
+                id.channel = channel;
+            }
+        }
+        let revoked = moved.len() as u32;
+        if let Some(queue) = self.queue(comm) {
+            queue.extend(moved);
+        }
+        self.rings.extend((0..revoked).map(|_| (client, channel)));
+        Ok(CmAnswer::Reported { events, revoked })
+    }
+
+    /// The channels that have got an event since the last time, once an event: client, channel.
+    pub fn take_rings(&mut self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut self.rings)
+    }
+}
