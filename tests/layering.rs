@@ -32,5 +32,6 @@ fn crates_never_call_up() {
     assert_eq!(workspace_dependencies("cm"), names(&["verbs-abi"]));
     assert_eq!(workspace_dependencies("provider"), names(&["engine", "verbs-abi"]));
     assert_eq!(workspace_dependencies("router"), names(&["cm", "engine", "verbs-abi"]));
+    assert_eq!(workspace_dependencies("fuzz"), names(&["engine", "router", "verbs-abi"]));
     assert_eq!(workspace_dependencies("xtask"), names(&[]));
 }

@@ -9,6 +9,8 @@
 //! A client ends when its process does or its connection closes, whichever is first.
 //! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
 
+mod step;
+
 use std::{
     collections::BTreeMap,
     io,

@@ -151,6 +151,11 @@ impl Lane {
         self.page.set_asleep(false);
     }
 
+    /// One look by a thread that is not the lane's.
+    pub(crate) fn turn(&self) {
+        self.look();
+    }
+
     /// Takes doorbells and gives some turns, with the fabric locked.
     fn look(&self) -> Look {
         let mut fabric = self.fabric.lock();

@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod conform;
 mod demo;
+mod fuzz;
 mod packages;
 mod table;
 mod tcp;
@@ -38,6 +39,8 @@ enum Command {
     Test(test::Options),
     /// Run rdma-core's own tests and compare with the committed tables
     Conformance(conform::Options),
+    /// Run the fuzz targets, with libFuzzer
+    Fuzz(fuzz::Options),
     /// Run the benchmarks: those of the crates, then the whole system's ratios
     Bench(bench::Options),
     /// Answer TCP pings (the demo runs this in a network namespace)
@@ -65,6 +68,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(options) => demo::main(&options),
         Command::Test(options) => test::main(&options),
         Command::Conformance(options) => conform::main(&options),
+        Command::Fuzz(options) => fuzz::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::TcpServe { port } => tcp::serve(port).map(|()| ExitCode::SUCCESS),
         Command::TcpPing { address, port } => tcp::ping(address, port).map(|()| ExitCode::SUCCESS),

@@ -19,11 +19,13 @@ use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use xtask::{interrupt, tree::Tree};
 
-use crate::{build, packages, packages::Package, workspace};
+use crate::{build, fuzz, packages, packages::Package, workspace};
 
 /// Whole-system tests that need neither router nor tools, and so belong to the first tier.
 const UNIT_TESTS: [&str; 1] = ["layering"];
 const TIER_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// How long each fuzz target runs among the tests.
+const FUZZ_SECONDS: u64 = 10;
 const GRACE: Duration = Duration::from_secs(20);
 
 #[derive(Args, Debug)]
@@ -122,6 +124,9 @@ fn run_tier(tier: Tier, options: &Options, tree: &mut Option<Tree>) -> Result<Co
         let mut command = cargo_test(&["--workspace", "--exclude", "freeflow"], &[], filter);
         command.env_remove("FREEFLOW_TREE");
         count.add(run_and_count(command)?);
+        if filter.is_none() {
+            count.add(fuzz_a_little()?);
+        }
     }
     let tests = tier.tests()?;
     if tests.is_empty() {
@@ -138,6 +143,24 @@ fn run_tier(tier: Tier, options: &Options, tree: &mut Option<Tree>) -> Result<Co
         command.env("FREEFLOW_TREE", tree.as_ref().map_or(Path::new(""), Tree::prefix));
     }
     count.add(run_and_count(command)?);
+    Ok(count)
+}
+
+/// Each fuzz target for a few seconds: that they still run, and find nothing at once.
+fn fuzz_a_little() -> Result<Count> {
+    if let Some(reason) = fuzz::obstacle() {
+        println!("SKIP fuzz: {reason}");
+        return Ok(Count::of_skip(format!("fuzz: {reason}")));
+    }
+    let programs = fuzz::Programs::build()?;
+    let mut count = Count::default();
+    for target in fuzz::TARGETS {
+        interrupt::check()?;
+        match programs.run(target, FUZZ_SECONDS) {
+            Ok(()) => count.passed += 1,
+            Err(error) => count.add(Count::of_failure(format!("{error:#}"))),
+        }
+    }
     Ok(count)
 }
 

@@ -5,21 +5,13 @@ use verbs_abi::{
     verbs::{EventType, QpState, QpType},
 };
 
-use super::{
-    Fabric, Qp,
-    schedule::{QUANTUM, WORK},
-};
+use super::{Fabric, Qp};
 use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Reply};
 
-/// Words of a client's doorbells that are taken at a time, 64 QPs each: a client that rings everywhere all the
-/// time gets its QPs into its own line bit by bit.
-const WORDS: usize = 1;
-/// What a lane does between two looks at the doorbells, beside a quantum, for each client that must be looked at.
-const LOOK: u64 = 1024;
-/// Timers that are acted upon in one call of `run`.
-const TIMERS: usize = 16;
-/// Slices end at multiples of this, so that none ends within a word that must become visible whole.
-const ALIGN: u64 = 64;
+/// QPs served by one call of `run`.
+const TURNS: usize = 64;
+/// Work requests of one QP in one turn.
+const BATCH: usize = 64;
 
 /// How soon to look again at a seat whose owner runs, ns.
 const LOOK_AGAIN: u64 = 1_000_000;
@@ -32,23 +24,18 @@ enum Turn {
     Again,
     /// Comes back by itself.
     Waiting,
-    /// It met an error, and some of what was posted was flushed.
-    Failed,
 }
 
 impl<M: Memory> Fabric<M> {
     /// Takes all doorbells. True: some were rung.
     pub fn collect(&mut self) -> bool {
         let mut rung = std::mem::take(&mut self.rung);
-        let mut any = false;
-        for client in self.clients.iter_mut().flatten() {
+        for client in self.clients.iter().flatten() {
             if client.doorbells.pending() {
-                any = true;
-                let slots = &client.slots;
-                let found = |slot: u32| rung.extend(slots.get(slot as usize).copied().flatten());
-                client.doorbells.take(&mut client.next_word, WORDS, found);
+                client.doorbells.take(|slot| rung.extend(client.slots.get(slot as usize).copied().flatten()));
             }
         }
+        let any = !rung.is_empty();
         for at in rung.drain(..) {
             self.answer(at);
         }
@@ -67,22 +54,16 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    /// Lets the QP that waits for this one try again: its peer, for nobody else is answered.
+    /// Lets everybody who waits for this QP try again.
     pub(super) fn poke_waiters_for(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
         if qp.state != QpState::Err {
             qp.responder.set_ring_me(false);
         }
-        let waits = |other: &usize| {
-            self.qps[*other].as_ref().is_some_and(|other| {
-                other.attr.dest_qp_num == qp.qpn && other.tenant == qp.tenant && other.waiting.is_some()
-            })
-        };
-        let peer = self.qpn_index.get(&qp.attr.dest_qp_num).copied().filter(waits);
-        if let Some(peer) = peer
-            && self.stop_waiting(peer)
-        {
-            self.schedule.enqueue(peer);
+        for waiter in self.schedule.unpark(qp.qpn) {
+            if self.stop_waiting(waiter) {
+                self.schedule.enqueue(waiter);
+            }
         }
     }
 
@@ -111,36 +92,10 @@ impl<M: Memory> Fabric<M> {
         self.schedule.next_timer()
     }
 
-    /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
+    /// Serves QPs for a while. True: there is more to do now.
     pub fn run(&mut self, now: u64) -> bool {
         self.now = now;
-        self.expire_timers(now);
-        let look = QUANTUM.max(LOOK * self.client_index.len() as u64);
-        let (mut used, mut next_look) = (0, look);
-        while let Some(call) = self.schedule.next() {
-            let mut budget = call.budget;
-            let more = self.serve(call.at, now, &mut budget);
-            // A turn that found nothing has cost something, too.
-            let cost = (call.budget - budget).max(WORK);
-            self.schedule.charge(call.client, cost);
-            if more {
-                self.schedule.enqueue_again(call.at);
-            }
-            used += cost;
-            if used >= next_look {
-                if used >= SLICE || self.is_rung() {
-                    break;
-                }
-                next_look += look;
-            }
-        }
-        self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
-    }
-
-    /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.
-    fn expire_timers(&mut self, now: u64) {
-        for _ in 0..TIMERS {
-            let Some((when, at)) = self.schedule.expire(now) else { return };
+        while let Some((when, at)) = self.schedule.expire(now) {
             if let Some(qp) = self.qps.get_mut(at).and_then(Option::as_mut)
                 && qp.waiting == Some(Some(when))
             {
@@ -148,44 +103,36 @@ impl<M: Memory> Fabric<M> {
                 self.schedule.enqueue(at);
             }
         }
+        for _ in 0..self.schedule.len().min(TURNS) {
+            let Some(at) = self.schedule.next() else { break };
+            self.serve(at, now);
+        }
+        self.schedule.len() > 0
     }
 
-    /// Whether any client may have rung.
-    fn is_rung(&self) -> bool {
-        self.clients.iter().flatten().any(|client| client.doorbells.pending())
-    }
-
-    /// One QP's turn; what a failure brings with it costs all that was left of the budget. True: there is more.
-    fn serve(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
+    /// One QP's turn.
+    fn serve(&mut self, at: usize, now: u64) {
         // Whoever holds its seats: what is free of them is flushed, and the others are looked at again.
         if self.qps[at].as_ref().is_some_and(|qp| qp.state == QpState::Err) {
-            *budget = 0;
-            self.fail_all(at);
-            return false;
+            return self.fail_all(at);
         }
         if !self.may_serve(at) {
             if self.is_abandoned(at) {
                 self.look_again(at);
             }
-            return false;
+            return;
         }
-        let Some(qp) = self.qps[at].as_ref() else { return false };
+        let Some(qp) = self.qps[at].as_ref() else { return };
         match qp.state {
             QpState::Err => self.fail_all(at),
             QpState::Sqe => self.fail_sends(at),
-            QpState::Rts if qp.waiting.is_none() => match self.execute(at, now, budget) {
-                Turn::Empty => {
-                    self.give_seat(at);
-                    return false;
-                }
-                Turn::Again => return true,
-                Turn::Waiting => return false,
-                Turn::Failed => {}
+            QpState::Rts if qp.waiting.is_none() => match self.execute(at, now) {
+                Turn::Empty => self.give_seat(at),
+                Turn::Again => self.schedule.enqueue(at),
+                Turn::Waiting => {}
             },
-            _ => return false,
+            _ => {}
         }
-        *budget = 0;
-        false
     }
 
     /// Whether the router executes this QP now; takes a parked or abandoned seat.
@@ -207,26 +154,26 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Executes work requests until the turn is over.
-    fn execute(&mut self, at: usize, now: u64, budget: &mut u64) -> Turn {
-        while *budget >= WORK {
+    fn execute(&mut self, at: usize, now: u64) -> Turn {
+        let mut budget = SLICE;
+        for _ in 0..BATCH {
             let Some(qp) = self.qps[at].as_mut() else { return Turn::Empty };
             match qp.requester.fetch() {
                 Fetch::Empty => return Turn::Empty,
                 Fetch::Bad(_) => {
                     self.raise(at, EventType::QpFatal);
                     self.fail_all(at);
-                    return Turn::Failed;
+                    return Turn::Waiting;
                 }
                 Fetch::Ready => {}
             }
             let attempt = match qp.requester.qp_type() {
                 QpType::Ud => self.send_datagram(at),
-                _ => self.attempt(at, now, budget),
+                _ => self.attempt(at, now, &mut budget),
             };
-            *budget = budget.saturating_sub(WORK) / ALIGN * ALIGN;
             match attempt {
-                Attempt::Done => {}
-                Attempt::Unfinished => return Turn::Again,
+                Attempt::Done if budget > 0 => {}
+                Attempt::Done | Attempt::Unfinished => return Turn::Again,
                 Attempt::Wait(until) => {
                     if self.wait(at, until) {
                         return Turn::Waiting;
@@ -234,7 +181,7 @@ impl<M: Memory> Fabric<M> {
                 }
                 Attempt::Failed { peer_failed, peer_event } => {
                     self.set_failed(at, peer_failed.then_some(peer_event));
-                    return Turn::Failed;
+                    return Turn::Waiting;
                 }
             }
         }
@@ -272,15 +219,19 @@ impl<M: Memory> Fabric<M> {
 
     /// Lets a QP wait. False: what it waits for has just come.
     fn wait(&mut self, at: usize, until: Option<u64>) -> bool {
-        let peer_at = self.resolve_peer(at).filter(|_| !self.waits_for_state(at));
+        let peer_at = self.resolve_peer(at);
         if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
             peer.responder.set_ring_me(true);
-            if peer.responder.state().may_respond() && peer.responder.has_receive() {
+            if peer.responder.state().may_respond()
+                && peer.responder.has_receive()
+                && !self.waits_for_state(at)
+            {
                 return false;
             }
         }
         let Some(qp) = self.qps[at].as_mut() else { return true };
         qp.waiting = Some(until);
+        self.schedule.park(at, qp.attr.dest_qp_num);
         if let Some(when) = until {
             self.schedule.set_timer(when, at);
         }
@@ -320,7 +271,7 @@ impl<M: Memory> Fabric<M> {
         let qp = self.qps[at].as_ref()?;
         let (qpn, dgid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
         if let Some(known) = qp.peer
-            && self.qps[known].as_ref().is_some_and(|peer| peer.qpn == qpn && peer.tenant == qp.tenant)
+            && self.qps[known].as_ref().is_some_and(|peer| peer.qpn == qpn)
         {
             return Some(known);
         }
@@ -342,9 +293,9 @@ impl<M: Memory> Fabric<M> {
     fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
         let found = *self.qpn_index.get(&qpn)?;
         let peer = self.qps[found].as_ref()?;
+        let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
         let same_type = peer.requester.qp_type() == qp.requester.qp_type();
-        let there = self.clients[peer.owner].as_ref()?.gids.contains(dgid);
-        (same_type && peer.tenant == qp.tenant && there).then_some(found)
+        (same_type && client.tenant == other.tenant && other.gids.contains(dgid)).then_some(found)
     }
 }
 

@@ -20,9 +20,7 @@ use verbs_abi::{
 use super::*;
 use crate::{Attempt, Fault, Fetch, Verdict, completion::Completions};
 
-mod fairness;
 mod hostile;
-mod isolation;
 mod revocation;
 
 const MS: u64 = 1_000_000;
@@ -96,16 +94,6 @@ fn gid(client: u32) -> Gid {
 
 impl App {
     fn new(fabric: &mut Fabric<TestMemory>, client: u32, qp_type: QpType, mode: Mode) -> Self {
-        Self::in_tenant(0, fabric, client, qp_type, mode)
-    }
-
-    fn in_tenant(
-        tenant: u32,
-        fabric: &mut Fabric<TestMemory>,
-        client: u32,
-        qp_type: QpType,
-        mode: Mode,
-    ) -> Self {
         let arena = Window::heap(1 << 20);
         let buffer = vec![0u64; 128 * 1024];
         let (start, len) = (buffer.as_ptr() as u64, buffer.len() as u64 * 8);
@@ -125,7 +113,7 @@ impl App {
         fabric.open(
             client,
             ClientInit {
-                tenant,
+                tenant: 0,
                 mode,
                 doorbells: doorbells.clone(),
                 events: EventWriter::new(&arena).unwrap(),
@@ -548,6 +536,24 @@ fn a_datagram_carries_its_header_and_its_qkey_is_checked() {
     assert_eq!((got.byte_len, got.src_qp, got.flags & 1), (45, a.qpn, 1));
     assert_eq!(&b.bytes()[40..45], b"hello");
     assert_eq!(b.bytes()[8..24], gid(1));
+}
+
+#[test]
+fn tenants_never_meet() {
+    let mut fabric = Fabric::new();
+    let mut a = App::new(&mut fabric, 1, QpType::Rc, Mode::Isolated);
+    let b = App::new(&mut fabric, 2, QpType::Rc, Mode::Isolated);
+    fabric.client_mut(2).unwrap().tenant = 1;
+    a.to_rts(&mut fabric, &b, QpType::Rc);
+    b.to_rts(&mut fabric, &a, QpType::Rc);
+    let mut wqe = send(Opcode::Write, a.sge(0, 1));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
+    a.post(&wqe);
+    turn(&mut fabric, 0);
+    while let Some(next) = fabric.next_timer() {
+        turn(&mut fabric, next);
+    }
+    assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr);
 }
 
 #[test]

@@ -1,0 +1,148 @@
+//! Requests made of an input, with handles that somebody was given.
+
+use verbs_abi::{
+    proto::{AhAttr, Answer, CreateQp, Gid, Mode, QpAttr, QpCap, RegMr, Request},
+    qp_state,
+    shm::LAYOUT_VERSION,
+    verbs::{QpAttrMask, QpState, QpType},
+};
+
+use crate::Input;
+
+/// Those that programs make.
+const TRANSITIONS: [(QpState, QpState); 8] = [
+    (QpState::Reset, QpState::Init),
+    (QpState::Init, QpState::Rtr),
+    (QpState::Rtr, QpState::Rts),
+    (QpState::Rts, QpState::Sqd),
+    (QpState::Sqd, QpState::Rts),
+    (QpState::Rts, QpState::Err),
+    (QpState::Err, QpState::Reset),
+    (QpState::Rts, QpState::Rts),
+];
+
+/// What any client was given. All may be tried by all.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    /// PDs, channels and CQs, which clients number for themselves.
+    small: Vec<u32>,
+    keys: Vec<u32>,
+    qps: Vec<u32>,
+    gid: Gid,
+}
+
+impl Handles {
+    pub(super) fn learn(&mut self, answer: &Answer) {
+        match answer {
+            Answer::Handle(handle) => self.small.push(*handle),
+            Answer::Cq { cq, .. } => self.small.push(*cq),
+            Answer::Mr { key } => self.keys.push(*key),
+            Answer::Qp(new) => self.qps.push(new.qpn),
+            Answer::Gids(gids) => self.gid = gids.first().copied().unwrap_or_default(),
+            _ => {}
+        }
+    }
+
+    pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
+        match input.u8() % 20 {
+            0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
+            1 => Request::Gids,
+            2 => Request::AllocPd,
+            3 => Request::DeallocPd { pd: one_of(&self.small, input) },
+            4 | 5 => Request::RegMr(self.reg_mr(input)),
+            6 => Request::DeregMr { key: one_of(&self.keys, input) },
+            7 => Request::CreateChannel,
+            8 => Request::DestroyChannel { channel: one_of(&self.small, input) },
+            9 | 10 => {
+                let channel = (input.u8() & 1 == 0).then(|| one_of(&self.small, input));
+                Request::CreateCq { cqe: input.odd_number() as u32, channel }
+            }
+            11 => Request::DestroyCq { cq: one_of(&self.small, input) },
+            12 | 13 => Request::CreateQp(self.create_qp(input)),
+            14..=16 => self.modify_qp(input),
+            17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
+            18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },
+            _ => Request::Status,
+        }
+    }
+
+    fn reg_mr(&self, input: &mut Input<'_>) -> RegMr {
+        let (addr, len) = (input.odd_number(), input.odd_number());
+        let pages = |at: u64| if at & 1 == 0 { at & !4095 } else { at };
+        RegMr {
+            pd: one_of(&self.small, input),
+            addr,
+            len,
+            iova: if input.u8() & 1 == 0 { addr } else { input.odd_number() },
+            access: input.u8().into(),
+            shared_start: pages(addr.wrapping_add(input.odd_number())),
+            shared_end: pages(addr.wrapping_add(input.odd_number())),
+        }
+    }
+
+    fn create_qp(&self, input: &mut Input<'_>) -> CreateQp {
+        let [max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data] =
+            std::array::from_fn(|_| {
+                if input.u8() < 200 { u32::from(input.u8() % 9) } else { input.odd_number() as u32 }
+            });
+        CreateQp {
+            pd: one_of(&self.small, input),
+            send_cq: one_of(&self.small, input),
+            recv_cq: one_of(&self.small, input),
+            qp_type: if input.u8() < 200 { 2 + u32::from(input.u8() % 3) } else { input.odd_number() as u32 },
+            cap: QpCap { max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data },
+            sq_sig_all: false,
+        }
+    }
+
+    /// Mostly a transition that could be, with the attributes that it needs.
+    fn modify_qp(&self, input: &mut Input<'_>) -> Request {
+        let qp_type = input.pick(&[QpType::Rc, QpType::Uc, QpType::Ud]);
+        let (from, to) = input.pick(&TRANSITIONS);
+        let rule = qp_state::rule(qp_type, from, to);
+        let mask = match (input.u8(), rule) {
+            (0..=219, Some(rule)) => rule.required.union(QpAttrMask::STATE).bits(),
+            _ => input.odd_number() as u32,
+        };
+        let path = AhAttr {
+            dgid: if input.u8() < 200 { self.gid } else { std::array::from_fn(|_| input.u8()) },
+            is_global: 1,
+            port_num: 1,
+            sgid_index: input.u8() / 16,
+            ..AhAttr::default()
+        };
+        let attr = QpAttr {
+            qp_state: if input.u8() < 240 { to.value() } else { input.u8().into() },
+            cur_qp_state: u32::from(input.u8() % 8),
+            path_mtu: u32::from(input.u8() % 7),
+            qkey: input.u32(),
+            dest_qp_num: one_of(&self.qps, input),
+            qp_access_flags: input.u8().into(),
+            ah_attr: path,
+            alt_ah_attr: path,
+            pkey_index: u16::from(input.u8() / 128),
+            max_rd_atomic: input.u8() / 8,
+            max_dest_rd_atomic: input.u8() / 8,
+            min_rnr_timer: input.u8() / 4,
+            port_num: 1 + input.u8() / 200,
+            timeout: input.u8() / 4,
+            retry_cnt: input.u8() / 24,
+            rnr_retry: input.u8() / 24,
+            ..QpAttr::default()
+        };
+        Request::ModifyQp { qpn: one_of(&self.qps, input), mask, attr }
+    }
+}
+
+/// A handle that somebody was given, or any number.
+fn one_of(known: &[u32], input: &mut Input<'_>) -> u32 {
+    match input.u8() {
+        at @ 0..=239 if !known.is_empty() => known[usize::from(at) % known.len()],
+        _ => input.odd_number() as u32,
+    }
+}
+
+/// A request as it travels.
+pub(super) fn encoded(request: &Request) -> Vec<u8> {
+    postcard::to_stdvec(request).unwrap()
+}
