@@ -19,6 +19,7 @@ mod memory;
 mod place;
 mod requester;
 mod responder;
+mod retry;
 mod transfer;
 
 pub use bell::Bell;

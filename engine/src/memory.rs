@@ -72,21 +72,34 @@ pub(crate) fn check(
     Some(Span { mr, addr: mr.addr.checked_add(offset)?, len })
 }
 
-/// Checks a scatter or gather list into `spans`. False: some SGE is not covered by its lkey.
+/// Bytes of a scatter or gather list.
+#[inline]
+pub(crate) fn list_len(sges: &[Sge]) -> u64 {
+    sges.iter().map(|sge| u64::from(sge.length)).sum()
+}
+
+/// Checks the first `len` bytes of a scatter or gather list into `spans`: what a message does not reach may be
+/// anything. False: some SGE is not covered by its lkey.
 #[inline]
 pub(crate) fn check_list(
     memory: &impl Memory,
     pd: u32,
     sges: &[Sge],
+    mut len: u64,
     need: AccessFlags,
     spans: &mut Vec<Span>,
 ) -> bool {
     spans.clear();
     for sge in sges.iter().filter(|sge| sge.length > 0) {
-        match check(memory, pd, sge.lkey, sge.addr, u64::from(sge.length), need) {
+        if len == 0 {
+            break;
+        }
+        let here = len.min(u64::from(sge.length));
+        match check(memory, pd, sge.lkey, sge.addr, here, need) {
             Some(span) => spans.push(span),
             None => return false,
         }
+        len -= here;
     }
     true
 }

@@ -27,8 +27,9 @@ pub(crate) unsafe fn place(from: *const u8, to: *mut u8, len: usize) {
         ptr::copy_nonoverlapping(from.add(head), tail.as_mut_ptr(), rest);
         if head > 0 {
             ptr::copy(from, to, head);
-            fence(Ordering::Release);
         }
+        // Also without a head: what earlier pieces of the message brought comes before its last word.
+        fence(Ordering::Release);
         let to = to.add(head);
         if rest == 8 && to.addr().is_multiple_of(8) {
             ptr::write_volatile(to.cast::<u64>(), u64::from_ne_bytes(tail));

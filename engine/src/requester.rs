@@ -1,7 +1,7 @@
 //! The requester half of a QP: a WQE becomes a request, the reply becomes a completion.
 //!
 //! Who may call it: the holder of the QP's seat token. The caller finds the peer, keeps the time and acts on
-//! what [`Attempt`] says; this half keeps the counters of retries and says when to come back.
+//! what [`Attempt`] says; this half counts its retries (`retry`) and says when to come back.
 
 use std::sync::atomic::Ordering;
 
@@ -12,7 +12,6 @@ use verbs_abi::{
         queue::QueueArea,
         wqe::{Address, BadWqe, SendWqe, flag},
     },
-    timer::{ack_timeout, rnr_timer},
     verbs::{AccessFlags, EventType, Opcode, QpType, WcOpcode, WcStatus},
 };
 
@@ -20,14 +19,13 @@ use crate::{
     Completions, FLUSH, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
     memory::{Span, all_reached, check_list},
     place::Atomic,
-    responder::{Reply, Request},
+    responder::{OPERATION, Reply, Request},
+    retry::{Retries, Retry},
     transfer::{Broken, Side, transfer},
 };
 
-/// The `rnr_retry` that means: as often as it takes.
-const RNR_FOR_EVER: u8 = 7;
-/// How long such a request pauses at least, ns; a short RNR timer would keep a lane busy for nothing.
-const LONG_PAUSE: u64 = 10_000_000;
+/// The bit of a work request's Q_Key that stands for the QP's own.
+const OWN_QKEY: u32 = 1 << 31;
 
 /// What lies at the head of the send queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,14 +66,6 @@ pub struct Verdict {
     pub peer_event: Option<EventType>,
 }
 
-/// Retry behaviour of a QP, as `ibv_modify_qp` set it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Retries {
-    pub(crate) timeout: u8,
-    pub(crate) retry_cnt: u8,
-    pub(crate) rnr_retry: u8,
-}
-
 /// Payload moved, for `freeflow status`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Traffic {
@@ -91,7 +81,8 @@ pub struct Requester {
     qpn: u32,
     qp_type: QpType,
     pd: u32,
-    retries: Retries,
+    /// READs and atomics that may be outstanding; without any there are none.
+    max_rd_atomic: u8,
     /// In the owner's seat what must wait is the router's business, counters included.
     owner: bool,
     area: QueueArea,
@@ -106,11 +97,9 @@ pub struct Requester {
     spans: Vec<Span>,
     /// Bytes of it that are placed.
     placed: u64,
-    timeouts_left: u8,
-    rnr_left: u8,
-    /// When silence counts as a lost packet.
-    deadline: Option<u64>,
-    traffic: Traffic,
+    retry: Retry,
+    messages: u64,
+    bytes: u64,
 }
 
 impl Requester {
@@ -121,7 +110,7 @@ impl Requester {
             qpn,
             qp_type,
             pd,
-            retries: Retries::default(),
+            max_rd_atomic: 0,
             owner: false,
             area,
             completions,
@@ -131,10 +120,9 @@ impl Requester {
             fetched: false,
             spans: Vec::new(),
             placed: 0,
-            timeouts_left: 0,
-            rnr_left: 0,
-            deadline: None,
-            traffic: Traffic::default(),
+            retry: Retry::default(),
+            messages: 0,
+            bytes: 0,
         }
     }
 
@@ -145,9 +133,11 @@ impl Requester {
         self
     }
 
-    /// Sets the retry behaviour.
-    pub(crate) fn set_retries(&mut self, retries: Retries) {
-        self.retries = retries;
+    /// Sets the attributes that concern requests (router).
+    pub(crate) fn configure(&mut self, retries: Retries, max_rd_atomic: u8) {
+        self.retry.set(retries);
+        self.max_rd_atomic = max_rd_atomic;
+        self.area.header.initiator_depth().store(max_rd_atomic.into(), Ordering::Relaxed);
     }
 
     /// Goes on where the last holder of the seat stopped. False: the header holds counts that cannot be.
@@ -172,7 +162,6 @@ impl Requester {
         }
         header.verdict().store(0, Ordering::Relaxed);
         self.area.sq_cqes.clear();
-        self.deadline = None;
         let _ = self.resume();
     }
 
@@ -187,8 +176,7 @@ impl Requester {
             Err(bad) => Fetch::Bad(bad),
             Ok(true) => {
                 (self.fetched, self.placed) = (true, 0);
-                (self.timeouts_left, self.rnr_left) = (self.retries.retry_cnt, self.retries.rnr_retry);
-                self.deadline = None;
+                self.retry.begin();
                 Fetch::Ready
             }
         }
@@ -207,42 +195,55 @@ impl Requester {
         now: u64,
         budget: &mut u64,
     ) -> Attempt {
+        if let Some(until) = self.retry.pause(now)
+            && !peer.as_ref().is_some_and(|(responder, _)| responder.may_receive(self.qpn))
+        {
+            // It was woken too early: until then nothing is sent, and nothing counts.
+            return Attempt::Wait(Some(until));
+        }
         let opcode = match self.check(local) {
             Ok(opcode) => opcode,
             Err(status) => return self.fail(status, false, None),
         };
         let before = self.placed;
+        self.area.header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
         let reply = match peer {
             None => Reply::Silence,
-            Some((responder, remote)) => {
-                self.area.header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
-                self.execute(opcode, local, responder, remote, *budget)
-            }
+            Some((responder, remote)) => self.execute(opcode, local, responder, remote, *budget),
         };
         self.settle(opcode, reply, now, budget, before)
     }
 
-    /// Sends the fetched datagram to `peer`, or into the void.
+    /// Sends the fetched datagram to `peer`, or into the void. `qkey` is the QP's own Q_Key.
     pub(crate) fn attempt_datagram<M: Memory>(
         &mut self,
         local: &M,
         sgid: &Gid,
+        qkey: u32,
         peer: Option<(&mut Responder, &M)>,
-    ) -> (Attempt, Option<Reply>) {
+    ) -> Attempt {
         let opcode = match self.check(local) {
             Ok(opcode) => opcode,
-            Err(status) => return (self.fail(status, false, None), None),
+            Err(status) => return self.fail(status, false, None),
         };
+        if self.wqe.address.qkey & OWN_QKEY != 0 {
+            self.wqe.address.qkey = qkey;
+        }
         let length = self.wqe.length();
         let reply = peer.map(|(responder, remote)| {
             let request = self.request(opcode, local, u64::MAX);
             responder.datagram(remote, &request, sgid, &self.wqe.address)
         });
         if reply == Some(Reply::SourceFault) {
-            return (self.fail(WcStatus::LocProtErr, false, None), None);
+            return self.fail(WcStatus::LocProtErr, false, None);
         }
         self.succeed(opcode, length);
-        (Attempt::Done, reply)
+        Attempt::Done
+    }
+
+    /// Whether the WQE at the head was begun: in SQD it is still brought to its end.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.area.header.journal_wqe().load(Ordering::Relaxed) == self.done.wrapping_add(1)
     }
 
     /// Completes what is posted with `WR_FLUSH_ERR`, up to [`FLUSH`] of it. True: there may be more.
@@ -278,14 +279,26 @@ impl Requester {
         if opcode.is_atomic() && length != 8 {
             return Err(WcStatus::LocLenErr);
         }
-        if opcode.writes_locally() && self.wqe.inline().is_some() {
-            return Err(WcStatus::LocQpOpErr);
+        let mut need = AccessFlags::empty();
+        if opcode.writes_locally() {
+            if self.wqe.inline().is_some() || self.initiator_depth() == 0 {
+                return Err(WcStatus::LocQpOpErr);
+            }
+            need = AccessFlags::LOCAL_WRITE;
         }
-        let need = if opcode.writes_locally() { AccessFlags::LOCAL_WRITE } else { AccessFlags::empty() };
-        if !check_list(local, self.pd, self.wqe.sges(), need, &mut self.spans) {
+        if !check_list(local, self.pd, self.wqe.sges(), length, need, &mut self.spans) {
             return Err(WcStatus::LocProtErr);
         }
         Ok(opcode)
+    }
+
+    /// READs and atomics that may be outstanding. The owner knows what the router left in the header.
+    fn initiator_depth(&self) -> u32 {
+        if self.owner {
+            self.area.header.initiator_depth().load(Ordering::Relaxed)
+        } else {
+            self.max_rd_atomic.into()
+        }
     }
 
     fn request<'a, M>(&'a self, opcode: Opcode, local: &'a M, budget: u64) -> Request<'a, M> {
@@ -347,7 +360,7 @@ impl Requester {
             Ok(()) if now == left => Reply::Ack,
             Ok(()) => Reply::Partly(request.placed + now),
             Err(Broken::Target) => Reply::SourceFault,
-            Err(Broken::Source) => Reply::Nak(WcStatus::RemOpErr, None),
+            Err(Broken::Source) => OPERATION,
         }
     }
 
@@ -375,14 +388,13 @@ impl Requester {
             Reply::Partly(placed) => {
                 *budget = budget.saturating_sub(placed - before);
                 self.placed = placed;
-                self.deadline = None;
+                self.retry.progress();
                 self.area.header.journal_placed().store(placed, Ordering::Relaxed);
                 Attempt::Unfinished
             }
             Reply::OutOfReach => Attempt::Wait(None),
             Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
-            Reply::Rnr(code) => self.wait_receive(code, now),
-            Reply::Silence => self.wait_peer(now),
+            Reply::Rnr(_) | Reply::Silence => self.try_again(reply, now),
             // The router may reach it: it finds pages on demand.
             Reply::SourceFault if self.owner => Attempt::Wait(None),
             Reply::SourceFault => self.fail(WcStatus::LocProtErr, false, None),
@@ -390,46 +402,22 @@ impl Requester {
         }
     }
 
-    /// The peer has no receive posted: RNR NAK.
-    fn wait_receive(&mut self, code: u8, now: u64) -> Attempt {
-        self.traffic.rnr_naks += 1;
-        let mut pause = rnr_timer(code).as_nanos() as u64;
-        if self.retries.rnr_retry == RNR_FOR_EVER {
-            // A posted receive ends the wait anyway, and nobody can count the retries.
-            pause = pause.max(LONG_PAUSE);
-        } else if self.rnr_left == 0 {
-            return self.fail(WcStatus::RnrRetryExcErr, false, None);
-        } else {
-            self.rnr_left -= 1;
-        }
+    /// The peer has no receive, or does not answer: another try later, unless enough is enough.
+    fn try_again(&mut self, reply: Reply, now: u64) -> Attempt {
         self.placed = 0;
-        self.deadline = None;
-        Attempt::Wait(Some(now + pause))
-    }
-
-    /// The peer does not answer: it counts as a timeout when the deadline is over.
-    fn wait_peer(&mut self, now: u64) -> Attempt {
-        self.placed = 0;
-        let Some(timeout) = ack_timeout(self.retries.timeout) else {
-            return Attempt::Wait(None);
+        let when = match reply {
+            Reply::Rnr(code) => self.retry.no_receive(code, now).map(Some),
+            _ => self.retry.silence(now),
         };
-        match self.deadline {
-            Some(deadline) if now < deadline => return Attempt::Wait(Some(deadline)),
-            Some(_) if self.timeouts_left == 0 => return self.fail(WcStatus::RetryExcErr, false, None),
-            Some(_) => {
-                self.traffic.timeouts += 1;
-                self.timeouts_left -= 1;
-            }
-            None => {}
+        match when {
+            Ok(until) => Attempt::Wait(until),
+            Err(status) => self.fail(status, false, None),
         }
-        let deadline = now + timeout.as_nanos() as u64;
-        self.deadline = Some(deadline);
-        Attempt::Wait(Some(deadline))
     }
 
     fn succeed(&mut self, opcode: Opcode, length: u64) {
-        self.traffic.messages += 1;
-        self.traffic.bytes += length;
+        self.messages += 1;
+        self.bytes += length;
         let byte_len = length as u32;
         let signaled = self.wqe.flags & flag::SIGNALED != 0;
         self.complete(WcStatus::Success, opcode.wc_opcode(), byte_len, signaled);
@@ -493,6 +481,7 @@ impl Requester {
     }
 
     pub(crate) fn traffic(&self) -> Traffic {
-        self.traffic
+        let Retry { rnr_naks, timeouts, .. } = self.retry;
+        Traffic { messages: self.messages, bytes: self.bytes, rnr_naks, timeouts }
     }
 }

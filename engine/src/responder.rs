@@ -17,7 +17,7 @@ use verbs_abi::{
 use crate::{
     Completions, FLUSH, Memory,
     datagram::{GRH_LEN, grh},
-    memory::{Span, all_reached, check, check_list},
+    memory::{Span, all_reached, check, check_list, list_len},
     place::{Atomic, atomic},
     transfer::{Broken, Side, mapped_word, transfer},
 };
@@ -63,7 +63,16 @@ pub(crate) enum Reply {
 
 const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
 const ACCESS: Reply = Reply::Nak(WcStatus::RemAccessErr, Some(EventType::QpAccessErr));
-const OPERATION: Reply = Reply::Nak(WcStatus::RemOpErr, None);
+pub(crate) const OPERATION: Reply = Reply::Nak(WcStatus::RemOpErr, Some(EventType::QpFatal));
+
+/// What the responder's own side has to learn that no reply carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Notice {
+    /// Whether the QP is in error.
+    pub(crate) failed: bool,
+    /// The event that it raises.
+    pub(crate) event: Option<EventType>,
+}
 
 /// The responder half.
 #[derive(Debug)]
@@ -71,10 +80,16 @@ pub struct Responder {
     qp_type: QpType,
     pd: u32,
     state: QpState,
+    /// The one QP whose requests are executed, 0 for none.
     peer: u32,
     access: AccessFlags,
     min_rnr_timer: u8,
     qkey: u32,
+    /// Whether a direct peer's thread runs this half.
+    visited: bool,
+    /// Whether a request was executed since RTR.
+    established: bool,
+    notice: Option<Notice>,
     area: QueueArea,
     completions: Completions,
     wqe: Box<RecvWqe>,
@@ -93,6 +108,9 @@ impl Responder {
             access: AccessFlags::empty(),
             min_rnr_timer: 0,
             qkey: 0,
+            visited: false,
+            established: false,
+            notice: None,
             area,
             completions,
             wqe: Box::default(),
@@ -109,10 +127,12 @@ impl Responder {
         let rights = header.rights().load(Ordering::Relaxed);
         self.access = AccessFlags::try_from(rights as u32).unwrap_or_default();
         self.min_rnr_timer = (rights >> 32) as u8;
+        self.visited = true;
+        self.established = header.established().load(Ordering::Relaxed) != 0;
         self.completions.seek(header.rq_done().load(Ordering::Relaxed));
     }
 
-    /// Sets what the peer may do, and tells direct peers (router).
+    /// Sets who the peer is and what it may do, and tells direct peers (router).
     pub(crate) fn configure(&mut self, peer: u32, access: AccessFlags, min_rnr_timer: u8, qkey: u32) {
         (self.peer, self.access, self.min_rnr_timer, self.qkey) = (peer, access, min_rnr_timer, qkey);
         self.area.header.peer().store(peer, Ordering::Relaxed);
@@ -122,6 +142,9 @@ impl Responder {
 
     /// Changes state, and tells direct peers (router).
     pub(crate) fn set_state(&mut self, state: QpState) {
+        if self.state == QpState::Init {
+            self.set_established(false);
+        }
         self.state = state;
         self.area.header.state().store(state.value(), Ordering::Release);
     }
@@ -163,6 +186,11 @@ impl Responder {
         self.area.header.rq_tail().load(Ordering::SeqCst) != self.completions.count()
     }
 
+    /// Whether a message of that QP finds a receive.
+    pub(crate) fn may_receive(&self, qpn: u32) -> bool {
+        self.state.may_respond() && self.accepts(qpn) && self.has_receive()
+    }
+
     /// Asks whoever posts a receive to ring the router, or stops asking.
     pub(crate) fn set_ring_me(&self, on: bool) {
         self.area.header.rq_ring_me().store(u32::from(on), Ordering::SeqCst);
@@ -192,10 +220,46 @@ impl Responder {
         true
     }
 
+    /// Whether requests of that QP are executed.
+    pub(crate) fn accepts(&self, qpn: u32) -> bool {
+        self.peer == qpn
+    }
+
+    /// What the owner must learn beside completions, once (router).
+    #[inline]
+    pub(crate) fn take_notice(&mut self) -> Option<Notice> {
+        self.notice.take()
+    }
+
+    /// Lets a request in that comes from the connected peer while the QP may respond.
+    #[inline]
+    fn admit(&mut self, source_qpn: u32) -> Result<(), Reply> {
+        if !self.state.may_respond() || self.peer != source_qpn {
+            return Err(Reply::Silence);
+        }
+        if self.state == QpState::Rtr && !self.established { self.establish() } else { Ok(()) }
+    }
+
+    /// The first request in RTR tells the owner that the peer is there. Only the router can.
+    #[cold]
+    fn establish(&mut self) -> Result<(), Reply> {
+        if self.visited {
+            return Err(Reply::OutOfReach);
+        }
+        self.set_established(true);
+        self.notice = Some(Notice { failed: false, event: Some(EventType::CommEst) });
+        Ok(())
+    }
+
+    fn set_established(&mut self, established: bool) {
+        self.established = established;
+        self.area.header.established().store(u32::from(established), Ordering::Relaxed);
+    }
+
     /// Executes a request of the connected peer.
     pub(crate) fn handle<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
-        if !self.state.may_respond() || self.peer != request.source_qpn {
-            return Reply::Silence;
+        if let Err(reply) = self.admit(request.source_qpn) {
+            return reply;
         }
         match request.opcode {
             Opcode::Write => self.write(memory, request),
@@ -207,15 +271,13 @@ impl Responder {
 
     /// Finds what an RDMA READ may read; the requester moves the bytes.
     pub(crate) fn read<M: Memory>(
-        &self,
+        &mut self,
         memory: &M,
         request: &Request<'_, M>,
     ) -> Result<Option<Span>, Reply> {
-        if !self.state.may_respond() || self.peer != request.source_qpn {
-            return Err(Reply::Silence);
-        }
+        self.admit(request.source_qpn)?;
         if !self.access.contains(AccessFlags::REMOTE_READ) {
-            return Err(ACCESS);
+            return Err(INVALID_REQUEST);
         }
         if request.len == 0 {
             return Ok(None);
@@ -233,14 +295,11 @@ impl Responder {
         request: &Request<'_, M>,
         operation: Atomic,
     ) -> Reply {
-        if !self.state.may_respond() || self.peer != request.source_qpn {
-            return Reply::Silence;
+        if let Err(reply) = self.admit(request.source_qpn) {
+            return reply;
         }
-        if !request.remote_addr.is_multiple_of(8) {
+        if !self.access.contains(AccessFlags::REMOTE_ATOMIC) || !request.remote_addr.is_multiple_of(8) {
             return INVALID_REQUEST;
-        }
-        if !self.access.contains(AccessFlags::REMOTE_ATOMIC) {
-            return ACCESS;
         }
         let need = AccessFlags::REMOTE_ATOMIC;
         let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, 8, need) else {
@@ -274,7 +333,7 @@ impl Responder {
 
     fn write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
         if !self.access.contains(AccessFlags::REMOTE_WRITE) {
-            return ACCESS;
+            return INVALID_REQUEST;
         }
         if request.len == 0 {
             return Reply::Ack;
@@ -290,26 +349,27 @@ impl Responder {
     }
 
     fn write_with_imm<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if !self.access.contains(AccessFlags::REMOTE_WRITE) {
+            return INVALID_REQUEST;
+        }
         if let Err(reply) = self.claim() {
             return reply;
         }
         let reply = self.write(memory, request);
-        if reply == Reply::Ack {
-            let cqe = self.receipt(request, WcOpcode::RecvRdmaWithImm, request.len);
-            self.complete(&cqe, request.solicited);
+        match reply {
+            Reply::Ack => {
+                let cqe = self.receipt(request, WcOpcode::RecvRdmaWithImm, request.len);
+                self.complete(&cqe, request.solicited);
+                reply
+            }
+            ACCESS => self.refuse_receive(WcStatus::LocAccessErr, ACCESS),
+            _ => reply,
         }
-        reply
     }
 
     fn send<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
-        if let Err(reply) = self.claim() {
+        if let Err(reply) = self.take_receive(memory, request.len) {
             return reply;
-        }
-        if !check_list(memory, self.pd, self.wqe.sges(), AccessFlags::LOCAL_WRITE, &mut self.spans) {
-            return self.refuse_receive(WcStatus::LocProtErr, OPERATION);
-        }
-        if request.len > self.spans.iter().map(|span| span.len).sum() {
-            return self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST);
         }
         if !all_reached(memory, &self.spans) {
             return Reply::OutOfReach;
@@ -326,7 +386,7 @@ impl Responder {
         }
     }
 
-    /// Takes a datagram in. A datagram that does not fit here is lost, as on a wire.
+    /// Takes a datagram in. One without a receive, or longer than that, is lost, as on a wire.
     pub(crate) fn datagram<M: Memory>(
         &mut self,
         memory: &M,
@@ -334,15 +394,10 @@ impl Responder {
         sgid: &Gid,
         address: &Address,
     ) -> Reply {
-        if !self.state.may_respond() || self.qkey != address.qkey || self.claim().is_err() {
-            return Reply::Silence;
-        }
-        if !check_list(memory, self.pd, self.wqe.sges(), AccessFlags::LOCAL_WRITE, &mut self.spans) {
-            return self.refuse_receive(WcStatus::LocProtErr, OPERATION);
-        }
         let total = request.len + GRH_LEN as u64;
-        if total > self.spans.iter().map(|span| span.len).sum() {
-            return self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST);
+        if !self.state.may_respond() || self.qkey != address.qkey || self.take_receive(memory, total).is_err()
+        {
+            return Reply::Silence;
         }
         let header = grh(sgid, address, request.len);
         let target = (memory, self.spans.as_slice());
@@ -360,20 +415,41 @@ impl Responder {
         }
     }
 
+    /// Takes the next receive for a message of `len` bytes, and checks its scatter list into `spans`.
+    fn take_receive<M: Memory>(&mut self, memory: &M, len: u64) -> Result<(), Reply> {
+        self.claim()?;
+        if len > list_len(self.wqe.sges()) {
+            return Err(self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST));
+        }
+        let need = AccessFlags::LOCAL_WRITE;
+        if !check_list(memory, self.pd, self.wqe.sges(), len, need, &mut self.spans) {
+            return Err(self.refuse_receive(WcStatus::LocProtErr, OPERATION));
+        }
+        Ok(())
+    }
+
     /// Copies the next receive WQE out.
     fn claim(&mut self) -> Result<(), Reply> {
         match self.area.read_recv(self.completions.count(), &mut self.wqe) {
             Ok(true) => Ok(()),
             Ok(false) if self.qp_type == QpType::Rc => Err(Reply::Rnr(self.min_rnr_timer)),
             Ok(false) => Err(Reply::Silence),
-            Err(_) => Err(Reply::Nak(WcStatus::RemOpErr, Some(EventType::QpFatal))),
+            Err(_) if self.qp_type == QpType::Rc => Err(OPERATION),
+            Err(_) => {
+                self.notice = Some(Notice { failed: true, event: Some(EventType::QpFatal) });
+                Err(Reply::Silence)
+            }
         }
     }
 
-    /// Ends the claimed receive with an error.
+    /// Ends the claimed receive with an error. On an unreliable service a message that is at fault itself is lost
+    /// and the receive stays; the receive's own fault ends the QP on every service.
     fn refuse_receive(&mut self, status: WcStatus, reply: Reply) -> Reply {
-        if self.qp_type == QpType::Uc {
-            return Reply::Silence;
+        if self.qp_type != QpType::Rc {
+            if status != WcStatus::LocProtErr {
+                return Reply::Silence;
+            }
+            self.notice = Some(Notice { failed: true, event: None });
         }
         let cqe = Cqe {
             wr_id: self.wqe.wr_id,

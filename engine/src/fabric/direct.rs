@@ -107,7 +107,7 @@ impl<M: Memory> Fabric<M> {
     /// Whether a QP's peer wants it, too: an owner's word may fail no other.
     fn are_connected(&self, at: usize, peer_at: usize) -> bool {
         let (qp, peer) = (self.qps[at].as_ref(), self.qps[peer_at].as_ref());
-        qp.zip(peer).is_some_and(|(qp, peer)| peer.attr.dest_qp_num == qp.qpn && peer.state.may_respond())
+        qp.zip(peer).is_some_and(|(qp, peer)| peer.responder.accepts(qp.qpn) && peer.state.may_respond())
     }
 
     /// Gives the seat to the owner of a direct QP that is in RTS with nothing left to do.

@@ -143,6 +143,8 @@ struct Qp {
     responder: Responder,
     /// Waits until then (or for ever) unless poked.
     waiting: Option<Option<u64>>,
+    /// In SQD until what was begun has ended: whether its owner wants to hear of that.
+    draining: Option<bool>,
     /// Index of the peer, once found; checked against the number at each use.
     peer: Option<usize>,
     /// The peer in direct mode.
@@ -231,6 +233,7 @@ impl<M: Memory> Fabric<M> {
     pub fn set_gids(&mut self, client: u32, gids: Vec<Gid>) {
         if let Some(client) = self.client_mut(client) {
             client.gids = gids;
+            (0..self.qps.len()).for_each(|at| self.admit_late_source(at));
         }
     }
 

@@ -7,10 +7,12 @@ use verbs_abi::{
 };
 
 use super::{Fabric, GID_TABLE_LEN, MAX_RD_ATOMIC, Modified, Qp};
-use crate::{Memory, requester::Retries};
+use crate::{Memory, retry::Retries};
 
 const EINVAL: i32 = 22;
 const ENOENT: i32 = 2;
+/// The QP number that no QP has.
+const NOBODY: u32 = 0;
 
 /// The limits that attributes are checked against.
 const LIMITS: AttrLimits = AttrLimits {
@@ -34,7 +36,10 @@ impl<M: Memory> Fabric<M> {
         let to = qp_state::modify(qp_type, from, mask, attr, &LIMITS).map_err(|_| EINVAL)?;
         let mask = QpAttrMask::try_from(mask).map_err(|_| EINVAL)?;
         merge(&mut qp.attr, attr, mask);
-        qp.apply();
+        let source = self.source(at);
+        if let Some(qp) = self.qps[at].as_mut() {
+            qp.apply(source);
+        }
         Ok(self.enter(
             at,
             from,
@@ -61,16 +66,65 @@ impl<M: Memory> Fabric<M> {
             self.schedule.enqueue(at);
         }
         if to == QpState::Sqd && from == QpState::Rts {
-            let _ = self.hold_seat(at);
-            if announce_drain {
-                self.raise(at, EventType::SqDrained);
-            }
+            self.drain(at, announce_drain);
         }
         modified
     }
 
+    /// Stops the send queue behind what was begun.
+    fn drain(&mut self, at: usize, announce: bool) {
+        let holds = self.hold_seat(at);
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        if qp.state != QpState::Sqd {
+            return;
+        }
+        qp.draining = Some(announce);
+        if !holds {
+            self.look_again(at);
+        } else if !qp.requester.has_begun() {
+            self.end_drain(at);
+        } else if qp.waiting.is_none() {
+            self.schedule.enqueue(at);
+        }
+    }
+
+    /// The send queue stands still.
+    pub(super) fn end_drain(&mut self, at: usize) {
+        if self.qps[at].as_mut().and_then(|qp| qp.draining.take()) == Some(true) {
+            self.raise(at, EventType::SqDrained);
+        }
+    }
+
+    /// The number of the one QP that a connected QP hears: its peer, if that lives at the address it names.
+    fn source(&self, at: usize) -> u32 {
+        let Some(qp) = self.qps[at].as_ref() else { return NOBODY };
+        let (qpn, gid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
+        if qp.requester.qp_type() == QpType::Ud || self.resolve(qp, qpn, &gid).is_none() {
+            return NOBODY;
+        }
+        qpn
+    }
+
+    /// Hears a peer that got its address after this QP was connected.
+    pub(super) fn admit_late_source(&mut self, at: usize) {
+        let deaf = |qp: &Qp| qp.state.may_respond() && qp.responder.accepts(NOBODY);
+        if !self.qps[at].as_ref().is_some_and(deaf) {
+            return;
+        }
+        let source = self.source(at);
+        if let Some(qp) = self.qps[at].as_mut() {
+            qp.apply(source);
+        }
+        if source != NOBODY {
+            self.poke_waiters_for(at);
+        }
+    }
+
     fn set_state(&mut self, at: usize, state: QpState) {
         if let Some(qp) = self.qps[at].as_mut() {
+            if state != QpState::Sqd {
+                qp.draining = None;
+            }
             qp.state = state;
             qp.responder.set_state(state);
         }
@@ -86,7 +140,7 @@ impl<M: Memory> Fabric<M> {
         qp.requester.reset();
         qp.responder.reset();
         qp.attr = QpAttr { cap: qp.attr.cap, path_mig_state: qp.attr.path_mig_state, ..QpAttr::default() };
-        qp.apply();
+        qp.apply(NOBODY);
         qp.peer = None;
         self.set_state(at, QpState::Reset);
     }
@@ -125,17 +179,17 @@ impl<M: Memory> Fabric<M> {
 }
 
 impl Qp {
-    /// Hands the attributes to the halves.
-    fn apply(&mut self) {
+    /// Hands the attributes to the halves; requests of `source` will be executed.
+    fn apply(&mut self, source: u32) {
         let attr = &self.attr;
-        let access = AccessFlags::try_from(attr.qp_access_flags).unwrap_or_default();
-        self.requester.set_retries(Retries {
-            timeout: attr.timeout,
-            retry_cnt: attr.retry_cnt,
-            rnr_retry: attr.rnr_retry,
-        });
-        let peer = if self.requester.qp_type() == QpType::Ud { 0 } else { attr.dest_qp_num };
-        self.responder.configure(peer, access, attr.min_rnr_timer, attr.qkey);
+        let mut access = AccessFlags::try_from(attr.qp_access_flags).unwrap_or_default();
+        if attr.max_dest_rd_atomic == 0 {
+            // Nothing to remember a READ or an atomic by: as if they were not enabled.
+            access = access.difference(AccessFlags::REMOTE_READ | AccessFlags::REMOTE_ATOMIC);
+        }
+        let (timeout, retry_cnt, rnr_retry) = (attr.timeout, attr.retry_cnt, attr.rnr_retry);
+        self.requester.configure(Retries { timeout, retry_cnt, rnr_retry }, attr.max_rd_atomic);
+        self.responder.configure(source, access, attr.min_rnr_timer, attr.qkey);
     }
 
     fn area_seat_to_router(&mut self) {

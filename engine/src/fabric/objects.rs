@@ -110,6 +110,7 @@ impl<M: Memory> Fabric<M> {
             requester: Requester::new(qpn, qp_type, create.pd, area.clone(), sends),
             responder: Responder::new(qp_type, create.pd, area, receives),
             waiting: None,
+            draining: None,
             peer: None,
             direct: None,
             attached: Vec::new(),
@@ -130,7 +131,7 @@ impl<M: Memory> Fabric<M> {
     pub fn query_qp(&self, client: u32, qpn: u32) -> Result<QpAttr, i32> {
         let qp = self.owned(client, qpn).and_then(|at| self.qps[at].as_ref()).ok_or(ENOENT)?;
         let state = qp.state.value();
-        let draining = qp.state == QpState::Sqd && qp.waiting.is_some();
+        let draining = qp.draining.is_some();
         Ok(QpAttr { qp_state: state, cur_qp_state: state, sq_draining: draining.into(), ..qp.attr })
     }
 

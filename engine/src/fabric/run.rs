@@ -6,7 +6,7 @@ use verbs_abi::{
 };
 
 use super::{Fabric, Qp};
-use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Reply};
+use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Notice};
 
 /// QPs served by one call of `run`.
 const TURNS: usize = 64;
@@ -47,7 +47,7 @@ impl<M: Memory> Fabric<M> {
     fn answer(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
         let receives = qp.responder.has_receive();
-        let waits = qp.responder.rings_me();
+        let waits = qp.responder.rings_me() && qp.responder.state().may_respond();
         self.schedule.enqueue(at);
         if receives && waits {
             self.poke_waiters_for(at);
@@ -117,7 +117,7 @@ impl<M: Memory> Fabric<M> {
             return self.fail_all(at);
         }
         if !self.may_serve(at) {
-            if self.is_abandoned(at) {
+            if self.is_wanted(at) {
                 self.look_again(at);
             }
             return;
@@ -126,12 +126,20 @@ impl<M: Memory> Fabric<M> {
         match qp.state {
             QpState::Err => self.fail_all(at),
             QpState::Sqe => self.fail_sends(at),
-            QpState::Rts if qp.waiting.is_none() => match self.execute(at, now) {
-                Turn::Empty => self.give_seat(at),
+            QpState::Rts | QpState::Sqd if qp.waiting.is_none() => match self.execute(at, now) {
+                Turn::Empty => self.rest(at),
                 Turn::Again => self.schedule.enqueue(at),
                 Turn::Waiting => {}
             },
             _ => {}
+        }
+    }
+
+    /// There is nothing to execute: the seat goes back, or the send queue is drained.
+    fn rest(&mut self, at: usize) {
+        match self.qps[at].as_ref().map(|qp| qp.state) {
+            Some(QpState::Sqd) => self.end_drain(at),
+            _ => self.give_seat(at),
         }
     }
 
@@ -145,12 +153,13 @@ impl<M: Memory> Fabric<M> {
         let parked = header.seat().is_router();
         let behind = header.sq_tail().load(std::sync::atomic::Ordering::SeqCst)
             != header.sq_head().load(std::sync::atomic::Ordering::SeqCst);
-        (parked || behind || self.is_abandoned(at)) && self.hold_seat(at)
+        (parked || behind || self.is_wanted(at)) && self.hold_seat(at)
     }
 
-    /// Whether its owner has a seat that it may not have any more: its direct connection has ended.
-    fn is_abandoned(&self, at: usize) -> bool {
-        self.qps[at].as_ref().is_some_and(|qp| !qp.held && qp.direct.is_none())
+    /// Whether its owner has a seat that it may not have any more: its direct connection has ended, or its send queue
+    /// is to stand still.
+    fn is_wanted(&self, at: usize) -> bool {
+        self.qps[at].as_ref().is_some_and(|qp| !qp.held && (qp.direct.is_none() || qp.state == QpState::Sqd))
     }
 
     /// Executes work requests until the turn is over.
@@ -158,6 +167,9 @@ impl<M: Memory> Fabric<M> {
         let mut budget = SLICE;
         for _ in 0..BATCH {
             let Some(qp) = self.qps[at].as_mut() else { return Turn::Empty };
+            if qp.state == QpState::Sqd && !qp.requester.has_begun() {
+                return Turn::Empty;
+            }
             match qp.requester.fetch() {
                 Fetch::Empty => return Turn::Empty,
                 Fetch::Bad(_) => {
@@ -197,11 +209,14 @@ impl<M: Memory> Fabric<M> {
         let peer = peer.and_then(|(responder, owner)| {
             self.clients[owner].as_ref().map(|client| (responder, &client.memory))
         });
-        requester.attempt(&local.memory, peer, now, budget)
+        let attempt = requester.attempt(&local.memory, peer, now, budget);
+        self.heed(peer_at);
+        attempt
     }
 
     fn send_datagram(&mut self, at: usize) -> Attempt {
         let peer_at = self.resolve_datagram(at);
+        let qkey = self.qps[at].as_ref().map_or(0, |qp| qp.attr.qkey);
         let Some((requester, owner, peer)) = halves(&mut self.qps, at, peer_at) else {
             return Attempt::Wait(None);
         };
@@ -210,22 +225,31 @@ impl<M: Memory> Fabric<M> {
         let peer = peer.and_then(|(responder, owner)| {
             self.clients[owner].as_ref().map(|client| (responder, &client.memory))
         });
-        let (attempt, reply) = requester.attempt_datagram(&local.memory, &sgid, peer);
-        if let (Some(Reply::Nak(_, event)), Some(peer_at)) = (reply, peer_at) {
-            self.fail_responder(peer_at, event);
-        }
+        let attempt = requester.attempt_datagram(&local.memory, &sgid, qkey, peer);
+        self.heed(peer_at);
         attempt
+    }
+
+    /// Acts on what the responder of a request noticed beside it.
+    #[inline]
+    fn heed(&mut self, peer_at: Option<usize>) {
+        let Some(at) = peer_at else { return };
+        match self.qps[at].as_mut().and_then(|qp| qp.responder.take_notice()) {
+            None => {}
+            Some(Notice { failed: true, event }) => self.fail_responder(at, event),
+            Some(Notice { failed: false, event }) => {
+                event.into_iter().for_each(|event| self.raise(at, event))
+            }
+        }
     }
 
     /// Lets a QP wait. False: what it waits for has just come.
     fn wait(&mut self, at: usize, until: Option<u64>) -> bool {
         let peer_at = self.resolve_peer(at);
+        let Some(qpn) = self.qps[at].as_ref().map(|qp| qp.qpn) else { return true };
         if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
             peer.responder.set_ring_me(true);
-            if peer.responder.state().may_respond()
-                && peer.responder.has_receive()
-                && !self.waits_for_state(at)
-            {
+            if peer.responder.may_receive(qpn) {
                 return false;
             }
         }
@@ -236,13 +260,6 @@ impl<M: Memory> Fabric<M> {
             self.schedule.set_timer(when, at);
         }
         true
-    }
-
-    /// Whether the peer is there but not connected to this QP: a posted receive changes nothing.
-    fn waits_for_state(&self, at: usize) -> bool {
-        let Some(qp) = self.qps[at].as_ref() else { return true };
-        let peer = qp.peer.and_then(|peer| self.qps[peer].as_ref());
-        peer.is_none_or(|peer| peer.attr.dest_qp_num != qp.qpn)
     }
 
     /// The send queue met an error; a peer that sent a NAK is in error, too, and may raise an event.
@@ -290,7 +307,8 @@ impl<M: Memory> Fabric<M> {
         (peer.requester.qp_type() == QpType::Ud).then_some(found)
     }
 
-    fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
+    /// The QP with that number at that address, if this one may meet it.
+    pub(super) fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
         let found = *self.qpn_index.get(&qpn)?;
         let peer = self.qps[found].as_ref()?;
         let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);

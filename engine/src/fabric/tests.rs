@@ -11,17 +11,23 @@ use verbs_abi::{
         Window,
         cq::{Arm, CqArea},
         cqe::{CompletionReader, Cqe},
+        events::EventReader,
         mr_table::MrEntry,
         wqe::{Address, RecvWqe, SendWqe, Sge, flag},
     },
-    verbs::{Opcode, QpAttrMask as Mask, QpType, WcOpcode, WcStatus},
+    verbs::{AccessFlags, Opcode, QpAttrMask as Mask, QpType, WcFlags, WcOpcode, WcStatus},
 };
 
 use super::*;
 use crate::{Attempt, Fault, Fetch, Verdict, completion::Completions};
 
+mod drain;
 mod hostile;
+mod property;
+mod retries;
 mod revocation;
+mod statuses;
+mod strangers;
 
 const MS: u64 = 1_000_000;
 
@@ -39,6 +45,8 @@ impl Bell for Count {
 struct TestMemory {
     table: Vec<MrEntry>,
     unreachable: bool,
+    /// As a direct peer sees it: shared sub-ranges and nothing else.
+    moved_only: bool,
 }
 
 impl Memory for TestMemory {
@@ -48,6 +56,10 @@ impl Memory for TestMemory {
 
     fn mapped(&self, _: &MrEntry, addr: u64, _: usize) -> Option<NonNull<u8>> {
         NonNull::new(addr as *mut u8)
+    }
+
+    fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {
+        !self.moved_only || addr >= mr.shared_start && addr + len <= mr.shared_end
     }
 
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
@@ -78,6 +90,7 @@ struct App {
     bell: Arc<Count>,
     sends: CompletionReader,
     receives: CompletionReader,
+    events: EventReader,
     doorbells: Doorbells,
     slot: u32,
     buffer: Vec<u64>,
@@ -118,7 +131,7 @@ impl App {
                 doorbells: doorbells.clone(),
                 events: EventWriter::new(&arena).unwrap(),
                 event_bell: Arc::new(Count::default()),
-                memory: TestMemory { table: vec![mr], unreachable: false },
+                memory: TestMemory { table: vec![mr], ..TestMemory::default() },
                 gids: vec![gid(client)],
             },
         );
@@ -144,6 +157,7 @@ impl App {
             qpn: qp.qpn,
             sends: CompletionReader::new(area.sq_cqes.clone(), 0),
             receives: CompletionReader::new(area.rq_cqes.clone(), 0),
+            events: EventReader::new(&arena).unwrap(),
             area,
             cq,
             bell,
@@ -169,10 +183,15 @@ impl App {
         Sge { addr: self.addr() + offset, length, lkey: self.key }
     }
 
-    fn post(&self, wqe: &SendWqe) {
+    /// Puts a work request into the queue, and tells nobody.
+    fn put(&self, wqe: &SendWqe) {
         let tail = self.area.header.sq_tail().load(Ordering::Relaxed);
         let blocks = wqe.encode(|i, block| self.area.write_sq_block(tail + i, block));
         self.area.header.sq_tail().store(tail + blocks, Ordering::Release);
+    }
+
+    fn post(&self, wqe: &SendWqe) {
+        self.put(wqe);
         self.doorbells.ring(self.slot);
     }
 
@@ -210,12 +229,24 @@ impl App {
 /// Moves a QP (client and number) to a state, with a peer that it has from RTR on.
 fn fabric_modify(
     fabric: &mut Fabric<TestMemory>,
-    (client, qpn): (u32, u32),
+    qp: (u32, u32),
     state: QpState,
     peer: (u32, u32),
     qp_type: QpType,
 ) -> Modified {
-    let attr = QpAttr {
+    fabric_modify_tuned(fabric, qp, state, peer, qp_type, |_| ())
+}
+
+/// The same with other attributes than the usual ones.
+fn fabric_modify_tuned(
+    fabric: &mut Fabric<TestMemory>,
+    (client, qpn): (u32, u32),
+    state: QpState,
+    peer: (u32, u32),
+    qp_type: QpType,
+    tune: impl Fn(&mut QpAttr),
+) -> Modified {
+    let mut attr = QpAttr {
         qp_state: state.value(),
         path_mtu: 5,
         port_num: 1,
@@ -231,10 +262,14 @@ fn fabric_modify(
         max_dest_rd_atomic: 1,
         ..QpAttr::default()
     };
+    tune(&mut attr);
     let from = QpState::try_from(fabric.query_qp(client, qpn).unwrap().qp_state).unwrap();
     let rule = verbs_abi::qp_state::rule(qp_type, from, state).unwrap();
-    let mask = rule.required.union(Mask::STATE).bits();
-    fabric.modify_qp(client, qpn, mask, &attr).unwrap()
+    let mut mask = rule.required | Mask::STATE;
+    if attr.en_sqd_async_notify != 0 {
+        mask |= Mask::EN_SQD_ASYNC_NOTIFY;
+    }
+    fabric.modify_qp(client, qpn, mask.bits(), &attr).unwrap()
 }
 
 fn pair(qp_type: QpType) -> (Fabric<TestMemory>, App, App) {
@@ -244,6 +279,31 @@ fn pair(qp_type: QpType) -> (Fabric<TestMemory>, App, App) {
     a.to_rts(&mut fabric, &b, qp_type);
     b.to_rts(&mut fabric, &a, qp_type);
     (fabric, a, b)
+}
+
+/// Two connected QPs whose attributes `tune` changes.
+fn tuned_pair(qp_type: QpType, tune: impl Fn(&mut QpAttr)) -> (Fabric<TestMemory>, App, App) {
+    let mut fabric = Fabric::new();
+    let a = App::new(&mut fabric, 1, qp_type, Mode::Isolated);
+    let b = App::new(&mut fabric, 2, qp_type, Mode::Isolated);
+    for (app, peer) in [(&a, &b), (&b, &a)] {
+        for state in [QpState::Init, QpState::Rtr, QpState::Rts] {
+            let peer = (peer.client, peer.qpn);
+            fabric_modify_tuned(&mut fabric, (app.client, app.qpn), state, peer, qp_type, &tune);
+        }
+    }
+    (fabric, a, b)
+}
+
+/// The events that an application has not taken yet, each of which must be of its QP.
+fn events(app: &mut App) -> Vec<EventType> {
+    let taken = std::iter::from_fn(|| app.events.pop());
+    taken
+        .map(|event| {
+            assert_eq!(event.element, app.qpn);
+            EventType::try_from(event.kind).unwrap()
+        })
+        .collect()
 }
 
 fn turn(fabric: &mut Fabric<TestMemory>, now: u64) {
@@ -260,6 +320,12 @@ fn send(opcode: Opcode, sge: Sge) -> SendWqe {
     let mut wqe = SendWqe::default();
     (wqe.wr_id, wqe.opcode, wqe.flags) = (42, opcode.value() as u8, flag::SIGNALED);
     wqe.push_sge(sge);
+    wqe
+}
+
+/// The same work request under another id.
+fn with_id(mut wqe: SendWqe, wr_id: u64) -> SendWqe {
+    wqe.wr_id = wr_id;
     wqe
 }
 

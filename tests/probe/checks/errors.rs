@@ -56,7 +56,15 @@ pub(crate) fn missing_rights() -> Result<()> {
             let mr = Mr::new(&b.pd, b.buffer.addr(), b.buffer.len(), access)?;
             let work = Send::new(opcode).sge(a.sge(0, 8)).remote((b.buffer.addr() as u64, mr.rkey()));
             a.qp.send(&work)?;
-            a.send_cq.next()?.expect(IBV_WC_REM_ACCESS_ERR).with_context(|| format!("opcode {opcode}"))?;
+            // What the QP does not allow is an invalid request, whatever the key says.
+            let (status, event) = if qp_lacks {
+                (IBV_WC_REM_INV_REQ_ERR, IBV_EVENT_QP_REQ_ERR)
+            } else {
+                (IBV_WC_REM_ACCESS_ERR, IBV_EVENT_QP_ACCESS_ERR)
+            };
+            a.send_cq.next()?.expect(status).with_context(|| format!("opcode {opcode}"))?;
+            let raised = b.context.async_event(SOON)?.context("the responder hears of nothing")?;
+            ensure!(raised.kind == event && raised.element == b.qp.addr(), "{raised:?}");
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 //! ```text
 //! 0    owner line      SQ tail (blocks), RQ tail (entries)          owner writes
 //! 64   requester line  SQ head (blocks), WQEs done, CQEs written    seat holder writes
-//! 128  seat line       seat token, state and rights for the peer    owner/router; router
+//! 128  seat line       seat token, state, rights and depths          owner/router; router
 //! 192  responder line  receives done, "ring me" flag                seat holder of the peer's SQ writes
 //! 256  journal         the WQE in progress                          seat holder writes
 //! 512  SQ blocks | RQ entries | SQ completions | RQ completions
@@ -154,6 +154,20 @@ impl QpHeader {
     #[must_use]
     pub fn rights(&self) -> &AtomicU64 {
         self.0.u64(144)
+    }
+
+    /// `max_rd_atomic`, for the owner's eyes: without any depth there are no READs and atomics.
+    #[inline]
+    #[must_use]
+    pub fn initiator_depth(&self) -> &AtomicU32 {
+        self.0.u32(152)
+    }
+
+    /// Non-zero: a request was executed since RTR, so that nobody need tell of the first one.
+    #[inline]
+    #[must_use]
+    pub fn established(&self) -> &AtomicU32 {
+        self.0.u32(156)
     }
 
     /// Receives consumed, which is receive completions written.
