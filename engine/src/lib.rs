@@ -21,6 +21,7 @@ mod requester;
 mod responder;
 mod retry;
 mod transfer;
+mod window;
 
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
@@ -28,6 +29,7 @@ pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot};
 pub use memory::{Fault, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};
 pub use responder::Responder;
+pub use window::{Bound, CHOSEN_BITS, MemoryWindow};
 
 /// Longest message, bytes; `max_msg_sz` of the port.
 pub const MAX_MESSAGE: u64 = 1 << 30;

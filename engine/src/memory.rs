@@ -7,6 +7,8 @@ use verbs_abi::{
     verbs::AccessFlags,
 };
 
+use crate::window::MemoryWindow;
+
 /// Memory that should be there could not be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault;
@@ -15,6 +17,24 @@ pub struct Fault;
 pub trait Memory {
     /// The MR of a key that is valid now; compares the whole key.
     fn lookup(&self, key: u32) -> Option<MrEntry>;
+
+    /// What a peer's key stands for, when it is used at the QP `qpn`: an MR, or what a memory window is bound to.
+    fn lookup_remote(&self, key: u32, _qpn: u32) -> Option<MrEntry> {
+        self.lookup(key)
+    }
+
+    /// Whether this seat can bind and invalidate windows. One that cannot leaves it to the router.
+    fn has_windows(&self) -> bool {
+        false
+    }
+
+    /// The window whose key this is but for [`crate::CHOSEN_BITS`].
+    fn window(&self, _key: u32) -> Option<MemoryWindow> {
+        None
+    }
+
+    /// Replaces a window that [`Self::window`] has told.
+    fn set_window(&self, _window: MemoryWindow) {}
 
     /// Where `[addr, addr + len)`, a range inside the MR's shared sub-range, is mapped in this process. The
     /// pointer is valid for reads and writes of `len` bytes until the MR is invalidated and the seat has left.
@@ -63,7 +83,24 @@ pub(crate) fn check(
     len: u64,
     need: AccessFlags,
 ) -> Option<Span> {
-    let mr = memory.lookup(key)?;
+    within(memory.lookup(key)?, pd, iova, len, need)
+}
+
+/// The same for the key of a peer, used at the QP `qpn`.
+#[inline]
+pub(crate) fn check_remote(
+    memory: &impl Memory,
+    (pd, qpn): (u32, u32),
+    key: u32,
+    iova: u64,
+    len: u64,
+    need: AccessFlags,
+) -> Option<Span> {
+    within(memory.lookup_remote(key, qpn)?, pd, iova, len, need)
+}
+
+#[inline]
+fn within(mr: MrEntry, pd: u32, iova: u64, len: u64, need: AccessFlags) -> Option<Span> {
     let offset = iova.checked_sub(mr.iova)?;
     let inside = offset.checked_add(len).is_some_and(|end| end <= mr.len);
     if mr.pd != pd || !inside || mr.access & need.bits() != need.bits() {

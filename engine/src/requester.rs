@@ -19,9 +19,10 @@ use crate::{
     Completions, FLUSH, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
     memory::{Span, all_reached, check_list},
     place::Atomic,
-    responder::{OPERATION, Reply, Request},
+    responder::{Flush, OPERATION, Reply, Request},
     retry::{Retries, Retry},
     transfer::{Broken, Side, transfer},
+    window,
 };
 
 /// The bit of a work request's Q_Key that stands for the QP's own.
@@ -208,6 +209,7 @@ impl Requester {
         let before = self.placed;
         self.area.header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
         let reply = match peer {
+            _ if opcode.is_local() => self.change_window(opcode, local),
             None => Reply::Silence,
             Some((responder, remote)) => self.execute(opcode, local, responder, remote, *budget),
         };
@@ -316,7 +318,24 @@ impl Requester {
                 Some(bytes) => Side::Bytes(bytes),
                 None => Side::Spans(local, &self.spans),
             },
+            flush: Flush {
+                need: flush_rights(self.wqe.swap as u32),
+                is_whole_mr: self.wqe.swap >> 32 != 0,
+                len: self.wqe.compare_add,
+            },
         }
+    }
+
+    /// Binds or invalidates a window of the own client.
+    fn change_window<M: Memory>(&self, opcode: Opcode, local: &M) -> Reply {
+        if !local.has_windows() {
+            return Reply::OutOfReach;
+        }
+        let changed = match opcode {
+            Opcode::BindMw => window::bind(local, self.pd, self.qpn, &self.wqe),
+            _ => window::invalidate(local, self.pd, self.wqe.imm, None),
+        };
+        changed.map_or(Reply::Refused, |()| Reply::Ack)
     }
 
     fn execute<M: Memory>(
@@ -393,6 +412,7 @@ impl Requester {
                 Attempt::Unfinished
             }
             Reply::OutOfReach => Attempt::Wait(None),
+            Reply::Refused => self.fail(WcStatus::MwBindErr, false, None),
             Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
             Reply::Rnr(_) | Reply::Silence => self.try_again(reply, now),
             // The router may reach it: it finds pages on demand.
@@ -483,5 +503,15 @@ impl Requester {
     pub(crate) fn traffic(&self) -> Traffic {
         let Retry { rnr_naks, timeouts, .. } = self.retry;
         Traffic { messages: self.messages, bytes: self.bytes, rnr_naks, timeouts }
+    }
+}
+
+/// The rights that a FLUSH of these types (`IBV_FLUSH_GLOBAL`, `IBV_FLUSH_PERSISTENT`) needs; none for an unknown type.
+fn flush_rights(types: u32) -> AccessFlags {
+    match types {
+        1 => AccessFlags::FLUSH_GLOBAL,
+        2 => AccessFlags::FLUSH_PERSISTENT,
+        3 => AccessFlags::FLUSH_GLOBAL | AccessFlags::FLUSH_PERSISTENT,
+        _ => AccessFlags::empty(),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Who may call it: the holder of the seat of the QP that sends to it, nobody else at the same time.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use verbs_abi::{
     proto::Gid,
@@ -17,9 +17,10 @@ use verbs_abi::{
 use crate::{
     Completions, FLUSH, Memory,
     datagram::{GRH_LEN, grh},
-    memory::{Span, all_reached, check, check_list, list_len},
+    memory::{Span, all_reached, check_list, check_remote, list_len},
     place::{Atomic, atomic},
     transfer::{Broken, Side, mapped_word, transfer},
+    window,
 };
 
 /// What a requester asks of its peer.
@@ -37,6 +38,16 @@ pub(crate) struct Request<'a, M> {
     /// Bytes that this turn may place.
     pub(crate) budget: u64,
     pub(crate) payload: Side<'a, M>,
+    pub(crate) flush: Flush,
+}
+
+/// What a FLUSH asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flush {
+    /// The right that it needs at the QP and at the MR.
+    pub(crate) need: AccessFlags,
+    pub(crate) is_whole_mr: bool,
+    pub(crate) len: u64,
 }
 
 /// What the peer answers.
@@ -59,6 +70,8 @@ pub(crate) enum Reply {
     SourceFault,
     /// Nothing happened: only the router reaches that memory.
     OutOfReach,
+    /// A window of the requester's own cannot be bound or invalidated so.
+    Refused,
 }
 
 const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
@@ -79,6 +92,8 @@ pub(crate) struct Notice {
 pub struct Responder {
     qp_type: QpType,
     pd: u32,
+    /// Its own number; in an owner's seat, where no window is looked into, 0.
+    qpn: u32,
     state: QpState,
     /// The one QP whose requests are executed, 0 for none.
     peer: u32,
@@ -103,6 +118,7 @@ impl Responder {
         Self {
             qp_type,
             pd,
+            qpn: 0,
             state: QpState::Reset,
             peer: 0,
             access: AccessFlags::empty(),
@@ -116,6 +132,13 @@ impl Responder {
             wqe: Box::default(),
             spans: Vec::new(),
         }
+    }
+
+    /// The same half with its QP's number (router).
+    #[must_use]
+    pub(crate) fn numbered(mut self, qpn: u32) -> Self {
+        self.qpn = qpn;
+        self
     }
 
     /// Takes state and rights from the shared header, as a direct peer must before each request.
@@ -265,6 +288,10 @@ impl Responder {
             Opcode::Write => self.write(memory, request),
             Opcode::WriteWithImm => self.write_with_imm(memory, request),
             Opcode::Send | Opcode::SendWithImm => self.send(memory, request),
+            Opcode::SendWithInv if memory.has_windows() => self.send(memory, request),
+            Opcode::SendWithInv => Reply::OutOfReach,
+            Opcode::AtomicWrite => self.atomic_write(memory, request),
+            Opcode::Flush => self.make_visible(memory, request),
             _ => INVALID_REQUEST,
         }
     }
@@ -283,8 +310,7 @@ impl Responder {
             return Ok(None);
         }
         let need = AccessFlags::REMOTE_READ;
-        let span =
-            check(memory, self.pd, request.rkey, request.remote_addr, request.len, need).ok_or(ACCESS)?;
+        let span = self.reachable(memory, request, request.len, need).ok_or(ACCESS)?;
         if all_reached(memory, &[span]) { Ok(Some(span)) } else { Err(Reply::OutOfReach) }
     }
 
@@ -302,7 +328,7 @@ impl Responder {
             return INVALID_REQUEST;
         }
         let need = AccessFlags::REMOTE_ATOMIC;
-        let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, 8, need) else {
+        let Some(span) = self.reachable(memory, request, 8, need) else {
             return ACCESS;
         };
         if !span.addr.is_multiple_of(8) {
@@ -339,13 +365,50 @@ impl Responder {
             return Reply::Ack;
         }
         let need = AccessFlags::REMOTE_WRITE;
-        let Some(span) = check(memory, self.pd, request.rkey, request.remote_addr, request.len, need) else {
+        let Some(span) = self.reachable(memory, request, request.len, need) else {
             return ACCESS;
         };
         if !all_reached(memory, &[span]) {
             return Reply::OutOfReach;
         }
         place_slice(request, (memory, &[span]))
+    }
+
+    /// What the request's key gives it of its range.
+    fn reachable<M: Memory>(
+        &self,
+        memory: &M,
+        request: &Request<'_, M>,
+        len: u64,
+        need: AccessFlags,
+    ) -> Option<Span> {
+        check_remote(memory, (self.pd, self.qpn), request.rkey, request.remote_addr, len, need)
+    }
+
+    /// Eight aligned bytes, written in one piece.
+    fn atomic_write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        if request.len != 8 || !request.remote_addr.is_multiple_of(8) {
+            return INVALID_REQUEST;
+        }
+        self.write(memory, request)
+    }
+
+    /// A FLUSH: what was placed is visible already, so its rights are all there is to it.
+    fn make_visible<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+        let flush = request.flush;
+        let (len, addr) = if flush.is_whole_mr { (0, None) } else { (flush.len, Some(request.remote_addr)) };
+        if flush.need.is_empty() || !self.access.contains(flush.need) {
+            return ACCESS;
+        }
+        let Some(mr) = memory.lookup_remote(request.rkey, self.qpn) else { return ACCESS };
+        let addr = addr.unwrap_or(mr.iova);
+        match check_remote(memory, (self.pd, self.qpn), request.rkey, addr, len, flush.need) {
+            Some(_) => {
+                fence(Ordering::SeqCst);
+                Reply::Ack
+            }
+            None => ACCESS,
+        }
     }
 
     fn write_with_imm<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
@@ -376,6 +439,9 @@ impl Responder {
         }
         let reply = place_slice(request, (memory, &self.spans));
         match reply {
+            Reply::Ack if !self.invalidates(memory, request) => {
+                self.refuse_receive(WcStatus::LocProtErr, ACCESS)
+            }
             Reply::Ack => {
                 let cqe = self.receipt(request, WcOpcode::Recv, request.len);
                 self.complete(&cqe, request.solicited);
@@ -384,6 +450,12 @@ impl Responder {
             OPERATION => self.refuse_receive(WcStatus::LocProtErr, OPERATION),
             _ => reply,
         }
+    }
+
+    /// Does what a SEND asks for beside its payload. False: it may not.
+    fn invalidates<M: Memory>(&self, memory: &M, request: &Request<'_, M>) -> bool {
+        request.opcode != Opcode::SendWithInv
+            || window::invalidate(memory, self.pd, request.imm, Some(self.qpn)).is_ok()
     }
 
     /// Takes a datagram in. One without a receive, or longer than that, is lost, as on a wire.
@@ -468,13 +540,18 @@ impl Responder {
     /// The completion of the claimed receive.
     fn receipt<M>(&self, request: &Request<'_, M>, opcode: WcOpcode, byte_len: u64) -> Cqe {
         let has_imm = request.opcode.has_imm();
+        let flags = match request.opcode {
+            Opcode::SendWithInv => WcFlags::WITH_INV,
+            _ if has_imm => WcFlags::WITH_IMM,
+            _ => WcFlags::empty(),
+        };
         Cqe {
             wr_id: self.wqe.wr_id,
             byte_len: byte_len as u32,
-            imm: if has_imm { request.imm } else { 0 },
+            imm: if flags.is_empty() { 0 } else { request.imm },
             src_qp: request.source_qpn,
             opcode: opcode.value() as u8,
-            flags: if has_imm { WcFlags::WITH_IMM.bits() as u8 } else { 0 },
+            flags: flags.bits() as u8,
             ..Cqe::default()
         }
     }

@@ -51,7 +51,10 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.device_cap_flags = ffi::IBV_DEVICE_CURR_QP_STATE_MOD
         | ffi::IBV_DEVICE_PORT_ACTIVE_EVENT
         | ffi::IBV_DEVICE_SYS_IMAGE_GUID
-        | ffi::IBV_DEVICE_RC_RNR_NAK_GEN;
+        | ffi::IBV_DEVICE_RC_RNR_NAK_GEN
+        | ffi::IBV_DEVICE_MEM_WINDOW
+        | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+    attr.max_mw = limit(welcome.limits.max_mr);
     attr.max_sge = wqe::MAX_SGE as i32;
     attr.max_sge_rd = wqe::MAX_SGE as i32;
     attr.max_cq = limit(welcome.limits.max_cq);

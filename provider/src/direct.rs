@@ -14,7 +14,7 @@ use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Reques
 use verbs_abi::proto::DirectPeer;
 use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::CompletionWriter;
-use verbs_abi::shm::mr_table::{MrEntry, MrTable};
+use verbs_abi::shm::mr_table::{MrEntry, MrTable, WINDOW};
 use verbs_abi::shm::queue::QueueArea;
 use verbs_abi::shm::{Window, arena};
 use verbs_abi::verbs::{AccessFlags, QpState, QpType};
@@ -155,7 +155,7 @@ impl Memory for Reach {
     fn lookup(&self, key: u32) -> Option<MrEntry> {
         match self {
             Reach::Own(table) => {
-                let mr = table.lookup(key)?;
+                let mr = table.lookup(key).filter(|mr| mr.access & WINDOW == 0)?;
                 Some(MrEntry { shared_start: mr.addr, shared_end: mr.addr.wrapping_add(mr.len), ..mr })
             }
             Reach::Peer { peer, .. } => peer.table.lookup(key),

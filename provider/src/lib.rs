@@ -25,6 +25,7 @@ mod lock;
 mod log;
 pub mod memory;
 mod mr;
+mod mw;
 mod on_demand;
 mod ops;
 mod pd;

@@ -91,7 +91,7 @@ fn check(addr: u64, length: usize, iova: u64, access: u32) -> Result<AccessFlags
     if !is_implicit {
         iova.checked_add(length as u64).ok_or(Errno::INVAL)?;
     }
-    let unsupported = AccessFlags::ZERO_BASED | AccessFlags::FLUSH_GLOBAL | AccessFlags::FLUSH_PERSISTENT;
+    let unsupported = AccessFlags::ZERO_BASED | AccessFlags::FLUSH_PERSISTENT;
     if access.intersects(unsupported) { Err(Errno::OPNOTSUPP) } else { Ok(access) }
 }
 

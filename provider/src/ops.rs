@@ -9,7 +9,7 @@ use verbs_abi::ffi::{
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::{ah, attributes, cq, cq_ex, device, dm, mr, on_demand, pd, post, qp};
+use crate::{ah, attributes, cq, cq_ex, device, dm, mr, mw, on_demand, pd, post, qp};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
@@ -17,14 +17,17 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
     let function = match op {
         Op::AdviseMr => on_demand::advise as *const (),
         Op::AllocDm => dm::alloc as *const (),
+        Op::AllocMw => mw::alloc as *const (),
         Op::AllocParentDomain => pd::alloc_parent_domain as *const (),
         Op::AllocPd => pd::alloc as *const (),
         Op::AllocTd => pd::alloc_td as *const (),
+        Op::BindMw => mw::bind as *const (),
         Op::CreateAh => ah::create as *const (),
         Op::CreateCq => cq::create as *const (),
         Op::CreateCqEx => cq_ex::create as *const (),
         Op::CreateQp => qp::create as *const (),
         Op::CreateQpEx => qp::create_ex as *const (),
+        Op::DeallocMw => mw::dealloc as *const (),
         Op::DeallocPd => pd::dealloc as *const (),
         Op::DeallocTd => pd::dealloc_td as *const (),
         Op::DeregMr => mr::deregister as *const (),

@@ -14,6 +14,7 @@ use verbs_abi::verbs::{Opcode, QpState, QpType};
 
 use crate::abi::edge::{self, Errno};
 use crate::ah::Ah;
+use crate::mw;
 use crate::qp::Qp;
 
 /// The send flags that a work request may have; they are the WQE's own.
@@ -141,9 +142,11 @@ impl SendQueue {
 #[inline]
 unsafe fn fill_target(wqe: &mut SendWqe, qp: &Qp, wr: &ibv_send_wr) -> Result<(), Errno> {
     const ATOMIC: u32 = 1 << Opcode::CmpAndSwp.value() | 1 << Opcode::FetchAndAdd.value();
-    const RDMA: u32 =
-        1 << Opcode::Write.value() | 1 << Opcode::WriteWithImm.value() | 1 << Opcode::Read.value();
-    // SAFETY: the caller's promise, for each of the three.
+    const RDMA: u32 = 1 << Opcode::Write.value()
+        | 1 << Opcode::WriteWithImm.value()
+        | 1 << Opcode::Read.value()
+        | 1 << Opcode::AtomicWrite.value();
+    // SAFETY: the caller's promise, for each of them.
     unsafe {
         if qp.limits.qp_type == QpType::Ud {
             let ud = wr.wr.ud;
@@ -158,6 +161,12 @@ unsafe fn fill_target(wqe: &mut SendWqe, qp: &Qp, wr: &ibv_send_wr) -> Result<()
             let atomic = wr.wr.atomic;
             (wqe.remote_addr, wqe.rkey) = (atomic.remote_addr, atomic.rkey);
             (wqe.compare_add, wqe.swap) = (atomic.compare_add, atomic.swap);
+        } else if wr.opcode == Opcode::BindMw.value() {
+            let bind = wr.__bindgen_anon_2.bind_mw;
+            mw::fill(wqe, bind.rkey, &bind.bind_info);
+        } else if wr.opcode == Opcode::Flush.value() {
+            // Only the extended interface has room for what it takes.
+            return Err(Errno::INVAL);
         }
     }
     Ok(())
@@ -270,6 +279,32 @@ pub(crate) unsafe extern "C" fn send(
         }
         result
     })
+}
+
+/// Posts one work request without payload.
+pub(crate) fn one(
+    qp: &Qp,
+    opcode: Opcode,
+    wr_id: u64,
+    flags: u32,
+    fill: impl FnOnce(&mut SendWqe),
+) -> Result<(), Errno> {
+    check_send(qp)?;
+    if qp.limits.opcodes >> opcode.value() & 1 == 0 {
+        return Err(Errno::INVAL);
+    }
+    let mut queue = qp.send.lock();
+    queue.check_room(qp)?;
+    let wqe = &mut queue.wqe;
+    wqe.reset();
+    (wqe.wr_id, wqe.opcode, wqe.imm) = (wr_id, opcode.value() as u8, 0);
+    wqe.flags = flags as u8 | if qp.limits.sq_sig_all { flag::SIGNALED } else { 0 };
+    fill(wqe);
+    queue.append(qp);
+    queue.publish(qp);
+    drop(queue);
+    qp.kick();
+    Ok(())
 }
 
 /// Appends work requests until one fails; `next` is then that one.

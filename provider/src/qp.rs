@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{self, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_init_attr_ex};
+use verbs_abi::ffi_private;
 use verbs_abi::proto::{Answer, CreateQp, NewQp, QpAttr, QpCap, Request};
 use verbs_abi::qp_attr;
 use verbs_abi::shm::Window;
@@ -30,7 +31,7 @@ use crate::post::{RecvQueue, SendQueue};
 use crate::wr;
 
 /// Operations that a send queue executes, on the QP types that have them.
-const OPCODES: [Opcode; 7] = [
+const OPCODES: [Opcode; 12] = [
     Opcode::Write,
     Opcode::WriteWithImm,
     Opcode::Send,
@@ -38,6 +39,11 @@ const OPCODES: [Opcode; 7] = [
     Opcode::Read,
     Opcode::CmpAndSwp,
     Opcode::FetchAndAdd,
+    Opcode::SendWithInv,
+    Opcode::LocalInv,
+    Opcode::BindMw,
+    Opcode::AtomicWrite,
+    Opcode::Flush,
 ];
 
 /// The functions of the extended interface that a QP can have: those of [`OPCODES`].
@@ -47,7 +53,12 @@ const SEND_OPS: u64 = (ffi::IBV_QP_EX_WITH_RDMA_WRITE
     | ffi::IBV_QP_EX_WITH_SEND_WITH_IMM
     | ffi::IBV_QP_EX_WITH_RDMA_READ
     | ffi::IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
-    | ffi::IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD) as u64;
+    | ffi::IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD
+    | ffi::IBV_QP_EX_WITH_SEND_WITH_INV
+    | ffi::IBV_QP_EX_WITH_LOCAL_INV
+    | ffi::IBV_QP_EX_WITH_BIND_MW
+    | ffi::IBV_QP_EX_WITH_ATOMIC_WRITE
+    | ffi_private::IBV_QP_EX_WITH_FLUSH) as u64;
 
 /// A QP as C sees it: room for `verbs_qp`, whose size depends on the release, and ours.
 #[repr(C)]
@@ -390,7 +401,7 @@ unsafe fn show_extended(object: *mut QpObject) -> Result<(), Errno> {
     let verbs = Verbs::loaded().ok().flatten().ok_or(Errno::NODEV)?;
     // SAFETY: the caller's promise; the probed offset lies behind the functions and within the room.
     unsafe {
-        wr::show(object.cast());
+        wr::show(object.cast(), verbs.qp_comp_mask);
         let mask = object.cast::<u8>().add(verbs.qp_comp_mask).cast::<u32>();
         mask.write(VERBS_QP_EX);
     }

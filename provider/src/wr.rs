@@ -4,13 +4,15 @@
 //! `wr_complete` reports it.
 
 use std::ffi::{c_int, c_void};
+use std::mem::offset_of;
 
-use verbs_abi::ffi::{ibv_ah, ibv_data_buf, ibv_qp_ex, ibv_sge};
+use verbs_abi::ffi::{ibv_ah, ibv_data_buf, ibv_mw, ibv_mw_bind_info, ibv_qp_ex, ibv_sge};
 use verbs_abi::shm::wqe::{SendWqe, flag};
 use verbs_abi::verbs::{Opcode, QpType};
 
 use crate::abi::edge::{self, Errno};
 use crate::ah::Ah;
+use crate::mw;
 use crate::post::{self, Mark, SendQueue};
 use crate::qp::Qp;
 
@@ -24,11 +26,20 @@ pub(crate) struct Session {
     error: Option<Errno>,
 }
 
-/// Puts the functions where C finds them.
+/// Puts the functions where C finds them: those that the release of libibverbs has, whose structure ends at `end`.
 ///
 /// # Safety
 /// `qp` must be a QP of ours that nobody uses yet, with room for the whole structure.
-pub(crate) unsafe fn show(qp: *mut ibv_qp_ex) {
+pub(crate) unsafe fn show(qp: *mut ibv_qp_ex, end: usize) {
+    // Release 44 added the first, 45 the second; in older ones something else lies there.
+    let later: [(usize, *const ()); 2] = [
+        (offset_of!(ibv_qp_ex, wr_atomic_write), atomic_write as *const ()),
+        (offset_of!(ibv_qp_ex, wr_atomic_write) + size_of::<*const ()>(), flush as *const ()),
+    ];
+    for (offset, function) in later.into_iter().filter(|(offset, _)| *offset < end) {
+        // SAFETY: the caller's promise: the structure has this member.
+        unsafe { qp.cast::<u8>().add(offset).cast::<*const ()>().write(function) };
+    }
     // SAFETY: the caller's promise.
     let qp = unsafe { &mut *qp };
     qp.wr_start = Some(start);
@@ -41,6 +52,9 @@ pub(crate) unsafe fn show(qp: *mut ibv_qp_ex) {
     qp.wr_send_imm = Some(send_imm);
     qp.wr_atomic_cmp_swp = Some(atomic_cmp_swp);
     qp.wr_atomic_fetch_add = Some(atomic_fetch_add);
+    qp.wr_send_inv = Some(send_inv);
+    qp.wr_local_inv = Some(local_inv);
+    qp.wr_bind_mw = Some(bind_mw);
     qp.wr_set_ud_addr = Some(set_ud_addr);
     qp.wr_set_sge = Some(set_sge);
     qp.wr_set_sge_list = Some(set_sge_list);
@@ -187,10 +201,39 @@ requests! {
     rdma_read(rkey: u32, addr: u64) = Read, |wqe| (wqe.rkey, wqe.remote_addr) = (rkey, addr);
     send() = Send, |_wqe| ();
     send_imm(imm: u32) = SendWithImm, |wqe| wqe.imm = imm;
+    send_inv(key: u32) = SendWithInv, |wqe| wqe.imm = key;
+    local_inv(key: u32) = LocalInv, |wqe| wqe.imm = key;
     atomic_cmp_swp(rkey: u32, addr: u64, compare: u64, swap: u64) = CmpAndSwp,
         |wqe| (wqe.rkey, wqe.remote_addr, wqe.compare_add, wqe.swap) = (rkey, addr, compare, swap);
     atomic_fetch_add(rkey: u32, addr: u64, add: u64) = FetchAndAdd,
         |wqe| (wqe.rkey, wqe.remote_addr, wqe.compare_add, wqe.swap) = (rkey, addr, add, 0);
+}
+
+unsafe extern "C" fn bind_mw(qp: *mut ibv_qp_ex, _mw: *mut ibv_mw, rkey: u32, info: *const ibv_mw_bind_info) {
+    // SAFETY: the application calls it after `wr_start`, in the same thread, and names a live MR or none.
+    unsafe { begin(qp, Opcode::BindMw, |wqe| mw::fill(wqe, rkey, &*info)) }
+}
+
+unsafe extern "C" fn atomic_write(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, word: *const c_void) {
+    // SAFETY: the application calls it after `wr_start`, in the same thread, with eight readable bytes.
+    unsafe {
+        begin(qp, Opcode::AtomicWrite, |wqe| {
+            (wqe.rkey, wqe.remote_addr) = (rkey, addr);
+            if let Some(room) = wqe.inline_mut(size_of::<u64>()) {
+                room.copy_from_slice(&word.cast::<[u8; size_of::<u64>()]>().read());
+            }
+        });
+    }
+}
+
+unsafe extern "C" fn flush(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, len: usize, kind: u8, level: u8) {
+    // SAFETY: the application calls it after `wr_start`, in the same thread.
+    unsafe {
+        begin(qp, Opcode::Flush, |wqe| {
+            (wqe.rkey, wqe.remote_addr, wqe.compare_add) = (rkey, addr, len as u64);
+            wqe.swap = u64::from(level) << 32 | u64::from(kind);
+        });
+    }
 }
 
 unsafe extern "C" fn set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, qpn: u32, qkey: u32) {

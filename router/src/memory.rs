@@ -3,18 +3,20 @@
 //! The keys that count are those in this process; the table in the arena is a copy for direct peers' eyes,
 //! which the client itself can overwrite.
 
-use std::{fs::File, os::unix::fs::FileExt, ptr::NonNull};
+use std::{cell::Cell, collections::HashMap, fs::File, os::unix::fs::FileExt, ptr::NonNull};
 
-use engine::{Fault, Memory};
+use engine::{Bound, CHOSEN_BITS, Fault, Memory, MemoryWindow};
 use verbs_abi::shm::{
     Window,
-    mr_table::{MrEntry, MrTable, index_of},
+    mr_table::{MrEntry, MrTable, WINDOW, index_of},
 };
 
 /// Memory and keys of one client.
 #[derive(Debug)]
 pub(crate) struct ClientMemory {
     mrs: Vec<Option<Mr>>,
+    /// Memory windows, by the index in their keys.
+    windows: HashMap<u32, Cell<MemoryWindow>>,
     table: MrTable,
     /// `/proc/PID/mem` of the client, open for writing.
     process: Option<File>,
@@ -25,12 +27,14 @@ struct Mr {
     entry: MrEntry,
     /// The shared sub-range, where there is one.
     shared: Option<Window>,
+    /// Windows that are bound to it.
+    windows: Cell<u32>,
 }
 
 impl ClientMemory {
     /// No memory yet. `table` is the copy in the client's arena.
     pub(crate) fn new(table: MrTable, process: Option<File>) -> Self {
-        Self { mrs: Vec::new(), table, process }
+        Self { mrs: Vec::new(), windows: HashMap::new(), table, process }
     }
 
     /// Makes a key valid. `shared` is the window of exactly the entry's shared sub-range.
@@ -43,7 +47,7 @@ impl ClientMemory {
         if self.mrs.len() <= index {
             self.mrs.resize_with(index + 1, || None);
         }
-        self.mrs[index] = Some(Mr { entry, shared });
+        self.mrs[index] = Some(Mr { entry, shared, windows: Cell::new(0) });
         self.table.publish(&entry);
     }
 
@@ -54,6 +58,36 @@ impl ClientMemory {
         {
             self.table.invalidate(key);
         }
+    }
+
+    /// Whether a window is bound to the MR of this key.
+    pub(crate) fn is_bound(&self, key: u32) -> bool {
+        self.mr(key).is_some_and(|mr| mr.windows.get() > 0)
+    }
+
+    /// Adds a window that is bound to nothing.
+    pub(crate) fn add_window(&mut self, window: MemoryWindow) {
+        self.windows.insert(index_of(window.key), Cell::new(window));
+    }
+
+    /// Removes a window; its key dies at once.
+    pub(crate) fn remove_window(&mut self, key: u32) {
+        if let Some(window) = self.window(key) {
+            self.set_window(MemoryWindow { bound: None, ..window });
+            self.windows.remove(&index_of(key));
+        }
+    }
+
+    /// Counts a window that is bound to an MR, or no longer.
+    fn count(&self, bound: Option<&Bound>, change: i32) {
+        if let Some(mr) = bound.and_then(|bound| self.mr(bound.mr)) {
+            mr.windows.set(mr.windows.get().saturating_add_signed(change));
+        }
+    }
+
+    /// What the window of this key is bound to.
+    fn bound(&self, key: u32) -> Option<Bound> {
+        self.windows.get(&index_of(key))?.get().bound.filter(|bound| bound.entry.key == key)
     }
 
     fn mr(&self, key: u32) -> Option<&Mr> {
@@ -68,8 +102,42 @@ impl Memory for ClientMemory {
     }
 
     #[inline]
+    fn lookup_remote(&self, key: u32, qpn: u32) -> Option<MrEntry> {
+        self.lookup(key).or_else(|| {
+            let bound = self.bound(key).filter(|bound| bound.qpn == 0 || bound.qpn == qpn)?;
+            Some(bound.entry)
+        })
+    }
+
+    fn has_windows(&self) -> bool {
+        true
+    }
+
+    fn window(&self, key: u32) -> Option<MemoryWindow> {
+        let window = self.windows.get(&index_of(key))?.get();
+        (window.key | CHOSEN_BITS == key | CHOSEN_BITS).then_some(window)
+    }
+
+    fn set_window(&self, window: MemoryWindow) {
+        let Some(place) = self.windows.get(&index_of(window.key)) else { return };
+        let before = place.replace(window);
+        self.count(before.bound.as_ref(), -1);
+        self.count(window.bound.as_ref(), 1);
+        match window.bound {
+            // Direct peers see that there is such a key, and leave what is behind it to the router.
+            Some(Bound { entry, .. }) => self.table.publish(&MrEntry {
+                access: entry.access | WINDOW,
+                shared_start: 0,
+                shared_end: 0,
+                ..entry
+            }),
+            None => self.table.invalidate(before.key),
+        }
+    }
+
+    #[inline]
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>> {
-        let mr = self.mr(mr.key)?;
+        let mr = self.mr(mr.key).or_else(|| self.mr(self.bound(mr.key)?.mr))?;
         let window = mr.shared.as_ref()?;
         let offset = usize::try_from(addr.checked_sub(mr.entry.shared_start)?).ok()?;
         if offset.checked_add(len)? > window.len() {

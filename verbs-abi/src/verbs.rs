@@ -163,6 +163,12 @@ impl Opcode {
         matches!(self, Self::CmpAndSwp | Self::FetchAndAdd)
     }
 
+    /// Whether it concerns the requester's own keys alone.
+    #[must_use]
+    pub const fn is_local(self) -> bool {
+        matches!(self, Self::BindMw | Self::LocalInv)
+    }
+
     /// Whether its scatter list is written by what comes back: such an operation may not be inline.
     #[must_use]
     pub const fn writes_locally(self) -> bool {

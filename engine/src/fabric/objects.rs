@@ -108,7 +108,7 @@ impl<M: Memory> Fabric<M> {
             attr,
             state: QpState::Reset,
             requester: Requester::new(qpn, qp_type, create.pd, area.clone(), sends),
-            responder: Responder::new(qp_type, create.pd, area, receives),
+            responder: Responder::new(qp_type, create.pd, area, receives).numbered(qpn),
             waiting: None,
             draining: None,
             peer: None,

@@ -1,6 +1,7 @@
 //! Two applications on one fabric, with fake memory, a fake clock and no threads.
 
 use std::{
+    cell::RefCell,
     ptr::NonNull,
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -19,7 +20,7 @@ use verbs_abi::{
 };
 
 use super::*;
-use crate::{Attempt, Fault, Fetch, Verdict, completion::Completions};
+use crate::{Attempt, Fault, Fetch, MemoryWindow, Verdict, completion::Completions};
 
 mod drain;
 mod hostile;
@@ -28,6 +29,7 @@ mod retries;
 mod revocation;
 mod statuses;
 mod strangers;
+mod windows;
 
 const MS: u64 = 1_000_000;
 
@@ -47,11 +49,33 @@ struct TestMemory {
     unreachable: bool,
     /// As a direct peer sees it: shared sub-ranges and nothing else.
     moved_only: bool,
+    windows: RefCell<Vec<MemoryWindow>>,
 }
 
 impl Memory for TestMemory {
     fn lookup(&self, key: u32) -> Option<MrEntry> {
         self.table.iter().find(|mr| mr.key == key).copied()
+    }
+
+    fn lookup_remote(&self, key: u32, qpn: u32) -> Option<MrEntry> {
+        let windows = self.windows.borrow();
+        let mut bound = windows.iter().filter_map(|window| window.bound);
+        let bound = bound.find(|bound| bound.entry.key == key && [0, qpn].contains(&bound.qpn));
+        self.lookup(key).or(bound.map(|bound| bound.entry))
+    }
+
+    fn has_windows(&self) -> bool {
+        true
+    }
+
+    fn window(&self, key: u32) -> Option<MemoryWindow> {
+        self.windows.borrow().iter().find(|window| window.key >> 8 == key >> 8).copied()
+    }
+
+    fn set_window(&self, window: MemoryWindow) {
+        let mut windows = self.windows.borrow_mut();
+        let place = windows.iter_mut().find(|place| place.key >> 8 == window.key >> 8);
+        *place.expect("a window that was told") = window;
     }
 
     fn mapped(&self, _: &MrEntry, addr: u64, _: usize) -> Option<NonNull<u8>> {

@@ -85,6 +85,8 @@ pub(crate) struct Client {
     pub(super) cqs: HashMap<u32, queues::Cq>,
     pub(super) qps: HashMap<u32, queues::Qp>,
     pub(super) mrs: HashMap<u32, Mr>,
+    /// The PD of each memory window, by its key at first without the bits that an application chooses.
+    pub(super) mws: HashMap<u32, u32>,
     pub(super) keys: Keys,
     pub(super) mr_bytes: u64,
 }
@@ -153,6 +155,7 @@ impl Client {
             cqs: HashMap::new(),
             qps: HashMap::new(),
             mrs: HashMap::new(),
+            mws: HashMap::new(),
             keys: Keys::default(),
             mr_bytes: 0,
         };
@@ -185,6 +188,8 @@ impl Client {
             Request::RegMr(reg) => self.reg_mr(reg),
             Request::DeregMr { key } => return self.dereg_mr(*key, last),
             Request::ReregMr { key, reg } => return self.rereg_mr(*key, reg, last),
+            Request::AllocMw { pd, is_type_2 } => self.alloc_mw(*pd, *is_type_2),
+            Request::DeallocMw { key } => self.dealloc_mw(*key),
             Request::CreateChannel => self.create_channel(fds),
             Request::DestroyChannel { channel } => self.destroy_channel(*channel),
             Request::CreateCq { cqe, channel } => self.create_cq(*cqe, *channel),

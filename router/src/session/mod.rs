@@ -7,6 +7,7 @@
 mod client;
 mod keys;
 mod mr;
+mod mw;
 mod queues;
 
 use std::{

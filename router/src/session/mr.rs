@@ -51,6 +51,9 @@ impl Client {
 
     /// The key becomes another region at once; the reply waits until nobody uses what it named before.
     pub(super) fn rereg_mr(&mut self, key: u32, reg: &RegMr, last: bool) -> Step {
+        if self.lane.with(|fabric| fabric.memory_mut(self.id).is_some_and(|memory| memory.is_bound(key))) {
+            return Step::Done(Err(Errno::BUSY.raw_os_error()));
+        }
         let is_changed = match self.mrs.get(&key) {
             None => return Step::Done(Err(Errno::INVAL.raw_os_error())),
             Some(mr) => mr.former.is_some(),
@@ -134,12 +137,17 @@ impl Client {
         }
         let quiet = self.lane.with(|fabric| {
             if let Some(memory) = fabric.memory_mut(self.id) {
+                if memory.is_bound(key) {
+                    return None;
+                }
                 memory.remove(key);
             }
-            fabric.is_quiet(self.id)
+            Some(fabric.is_quiet(self.id))
         });
-        if !quiet && !last {
-            return Step::Later;
+        match quiet {
+            None => return Step::Done(Err(Errno::BUSY.raw_os_error())),
+            Some(false) if !last => return Step::Later,
+            Some(_) => {}
         }
         if let Some(mr) = self.mrs.remove(&key) {
             for mapped in mr.mapped.iter().chain(mr.former.iter().flatten()) {
@@ -193,6 +201,8 @@ const KNOWN: AccessFlags = AccessFlags::LOCAL_WRITE
     .union(AccessFlags::REMOTE_WRITE)
     .union(AccessFlags::REMOTE_READ)
     .union(AccessFlags::REMOTE_ATOMIC)
+    .union(AccessFlags::MW_BIND)
+    .union(AccessFlags::FLUSH_GLOBAL)
     .union(AccessFlags::ZERO_BASED)
     .union(AccessFlags::ON_DEMAND);
 

@@ -52,6 +52,18 @@ pub enum Request {
         /// The whole of what it is from now on.
         reg: RegMr,
     },
+    /// `ibv_alloc_mw`. The answer is [`Answer::Mr`]: the key of a window that is bound to nothing.
+    AllocMw {
+        /// Protection domain.
+        pd: u32,
+        /// Whether it is of type 2.
+        is_type_2: bool,
+    },
+    /// `ibv_dealloc_mw`.
+    DeallocMw {
+        /// The key that it had at first, or any that it was bound under.
+        key: u32,
+    },
     /// Makes a completion channel known. Descriptor: its eventfd.
     CreateChannel,
     /// Forgets a completion channel.

@@ -10,6 +10,9 @@ use super::{BLOCK, Window, arena};
 /// Bits of a key that are random.
 pub const KEY_RANDOM_BITS: u32 = 15;
 
+/// In `access`: the key is a memory window's, which only the router looks into, and no lkey.
+pub const WINDOW: u32 = 1 << 31;
+
 const SEQ: usize = 0;
 const KEY: usize = 4;
 
