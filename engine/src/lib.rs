@@ -35,7 +35,7 @@ pub use window::{Bound, CHOSEN_BITS, MemoryWindow};
 pub const MAX_MESSAGE: u64 = 1 << 30;
 /// Longest datagram, bytes; the port's MTU.
 pub const MAX_DATAGRAM: u64 = 4096;
-/// Bytes that one turn may move before others get theirs. A fuzzer's messages are short and want to be cut, too.
-pub const SLICE: u64 = if cfg!(fuzzing) { 500 } else { 256 * 1024 };
+/// Bytes that a seat may move before it looks around. A fuzzer's messages are short and want to be cut, too.
+pub const SLICE: u64 = if cfg!(fuzzing) { 2048 } else { 256 * 1024 };
 /// Work requests of one queue that one turn flushes: their owner may post more all the while.
-const FLUSH: usize = if cfg!(fuzzing) { 3 } else { 256 };
+const FLUSH: usize = if cfg!(fuzzing) { 3 } else { 32 };

@@ -112,6 +112,8 @@ struct Client<M> {
     /// QP by doorbell slot.
     slots: Vec<Option<usize>>,
     free_slots: Vec<u32>,
+    /// Where to go on looking at its doorbells.
+    next_word: usize,
     cqs: HashMap<u32, Cq>,
     next_cq: u32,
 }
@@ -132,6 +134,8 @@ struct Qp {
     qpn: u32,
     /// Index of its client.
     owner: usize,
+    /// Its client's trust domain.
+    tenant: u32,
     slot: u32,
     create: CreateQp,
     geometry: Geometry,
@@ -207,6 +211,7 @@ impl<M: Memory> Fabric<M> {
             gids,
             slots: Vec::new(),
             free_slots: Vec::new(),
+            next_word: 0,
             cqs: HashMap::new(),
             next_cq: 1,
         };
@@ -227,6 +232,20 @@ impl<M: Memory> Fabric<M> {
             self.remove_qp(qp);
         }
         self.clients[at] = None;
+        self.schedule.dismiss(at);
+    }
+
+    /// What a client has used of the lane so far, in bytes moved, with a work request counted as 4 KiB beside its own.
+    #[must_use]
+    pub fn lane_use(&self, client: u32) -> u64 {
+        self.client_index.get(&client).map_or(0, |at| self.schedule.used(*at))
+    }
+
+    /// Gives a client `weight` times the usual share of a lane when others want it, too.
+    pub fn set_weight(&mut self, client: u32, weight: u32) {
+        if let Some(at) = self.client_index.get(&client) {
+            self.schedule.set_weight(*at, weight);
+        }
     }
 
     /// Replaces a client's addresses.

@@ -135,7 +135,7 @@ impl<M: Memory> Fabric<M> {
         self.disconnect(at);
         self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
-        self.schedule.forget(at, qp.attr.dest_qp_num);
+        self.schedule.forget(at);
         qp.area_seat_to_router();
         qp.requester.reset();
         qp.responder.reset();

@@ -92,6 +92,7 @@ impl<M: Memory> Fabric<M> {
             client.slots.push(None);
         }
         client.slots[slot as usize] = Some(at);
+        self.schedule.adopt(at, owner);
 
         let sends = Completions::new(CompletionWriter::new(area.sq_cqes.clone(), 0), send_cq, send_slot);
         let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), recv_cq, recv_slot);
@@ -100,6 +101,7 @@ impl<M: Memory> Fabric<M> {
         let qp = Qp {
             qpn,
             owner,
+            tenant: client.tenant,
             slot,
             create,
             geometry,
@@ -151,7 +153,7 @@ impl<M: Memory> Fabric<M> {
         let mut qp = self.qps[at].take()?;
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);
-        self.schedule.forget(at, qp.attr.dest_qp_num);
+        self.schedule.forget(at);
         self.qpn_index.remove(&qp.qpn);
         self.free_qps.push(at);
         if let Some(client) = self.clients[qp.owner].as_mut() {

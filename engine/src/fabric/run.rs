@@ -5,13 +5,21 @@ use verbs_abi::{
     verbs::{EventType, QpState, QpType},
 };
 
-use super::{Fabric, Qp};
+use super::{
+    Fabric, Qp,
+    schedule::{QUANTUM, WORK},
+};
 use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Notice};
 
-/// QPs served by one call of `run`.
-const TURNS: usize = 64;
-/// Work requests of one QP in one turn.
-const BATCH: usize = 64;
+/// Words of a client's doorbells that are taken at a time, 64 QPs each: a client that rings everywhere all the
+/// time gets its QPs into its own line bit by bit.
+const WORDS: usize = 1;
+/// What a lane does between two looks at the doorbells, beside a quantum, for each client that must be looked at.
+const LOOK: u64 = 1024;
+/// Timers that are acted upon in one call of `run`.
+const TIMERS: usize = 16;
+/// Slices end at multiples of this, so that none ends within a word that must become visible whole.
+const ALIGN: u64 = 64;
 
 /// How soon to look again at a seat whose owner runs, ns.
 const LOOK_AGAIN: u64 = 1_000_000;
@@ -24,18 +32,23 @@ enum Turn {
     Again,
     /// Comes back by itself.
     Waiting,
+    /// It met an error, and some of what was posted was flushed.
+    Failed,
 }
 
 impl<M: Memory> Fabric<M> {
     /// Takes all doorbells. True: some were rung.
     pub fn collect(&mut self) -> bool {
         let mut rung = std::mem::take(&mut self.rung);
-        for client in self.clients.iter().flatten() {
+        let mut any = false;
+        for client in self.clients.iter_mut().flatten() {
             if client.doorbells.pending() {
-                client.doorbells.take(|slot| rung.extend(client.slots.get(slot as usize).copied().flatten()));
+                any = true;
+                let slots = &client.slots;
+                let found = |slot: u32| rung.extend(slots.get(slot as usize).copied().flatten());
+                client.doorbells.take(&mut client.next_word, WORDS, found);
             }
         }
-        let any = !rung.is_empty();
         for at in rung.drain(..) {
             self.answer(at);
         }
@@ -54,16 +67,22 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    /// Lets everybody who waits for this QP try again.
+    /// Lets the QP that waits for this one try again: its peer, for nobody else is answered.
     pub(super) fn poke_waiters_for(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
         if qp.state != QpState::Err {
             qp.responder.set_ring_me(false);
         }
-        for waiter in self.schedule.unpark(qp.qpn) {
-            if self.stop_waiting(waiter) {
-                self.schedule.enqueue(waiter);
-            }
+        let waits = |other: &usize| {
+            self.qps[*other].as_ref().is_some_and(|other| {
+                other.attr.dest_qp_num == qp.qpn && other.tenant == qp.tenant && other.waiting.is_some()
+            })
+        };
+        let peer = self.qpn_index.get(&qp.attr.dest_qp_num).copied().filter(waits);
+        if let Some(peer) = peer
+            && self.stop_waiting(peer)
+        {
+            self.schedule.enqueue(peer);
         }
     }
 
@@ -92,10 +111,36 @@ impl<M: Memory> Fabric<M> {
         self.schedule.next_timer()
     }
 
-    /// Serves QPs for a while. True: there is more to do now.
+    /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
     pub fn run(&mut self, now: u64) -> bool {
         self.now = now;
-        while let Some((when, at)) = self.schedule.expire(now) {
+        self.expire_timers(now);
+        let look = QUANTUM.max(LOOK * self.client_index.len() as u64);
+        let (mut used, mut next_look) = (0, look);
+        while let Some(call) = self.schedule.next() {
+            let mut budget = call.budget;
+            let more = self.serve(call.at, now, &mut budget);
+            // A turn that found nothing has cost something, too.
+            let cost = (call.budget - budget).max(WORK);
+            self.schedule.charge(call.client, cost);
+            if more {
+                self.schedule.enqueue_again(call.at);
+            }
+            used += cost;
+            if used >= next_look {
+                if used >= SLICE || self.is_rung() {
+                    break;
+                }
+                next_look += look;
+            }
+        }
+        self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
+    }
+
+    /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.
+    fn expire_timers(&mut self, now: u64) {
+        for _ in 0..TIMERS {
+            let Some((when, at)) = self.schedule.expire(now) else { return };
             if let Some(qp) = self.qps.get_mut(at).and_then(Option::as_mut)
                 && qp.waiting == Some(Some(when))
             {
@@ -103,36 +148,44 @@ impl<M: Memory> Fabric<M> {
                 self.schedule.enqueue(at);
             }
         }
-        for _ in 0..self.schedule.len().min(TURNS) {
-            let Some(at) = self.schedule.next() else { break };
-            self.serve(at, now);
-        }
-        self.schedule.len() > 0
     }
 
-    /// One QP's turn.
-    fn serve(&mut self, at: usize, now: u64) {
+    /// Whether any client may have rung.
+    fn is_rung(&self) -> bool {
+        self.clients.iter().flatten().any(|client| client.doorbells.pending())
+    }
+
+    /// One QP's turn; what a failure brings with it costs all that was left of the budget. True: there is more.
+    fn serve(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
         // Whoever holds its seats: what is free of them is flushed, and the others are looked at again.
         if self.qps[at].as_ref().is_some_and(|qp| qp.state == QpState::Err) {
-            return self.fail_all(at);
+            *budget = 0;
+            self.fail_all(at);
+            return false;
         }
         if !self.may_serve(at) {
             if self.is_wanted(at) {
                 self.look_again(at);
             }
-            return;
+            return false;
         }
-        let Some(qp) = self.qps[at].as_ref() else { return };
+        let Some(qp) = self.qps[at].as_ref() else { return false };
         match qp.state {
             QpState::Err => self.fail_all(at),
             QpState::Sqe => self.fail_sends(at),
-            QpState::Rts | QpState::Sqd if qp.waiting.is_none() => match self.execute(at, now) {
-                Turn::Empty => self.rest(at),
-                Turn::Again => self.schedule.enqueue(at),
-                Turn::Waiting => {}
+            QpState::Rts | QpState::Sqd if qp.waiting.is_none() => match self.execute(at, now, budget) {
+                Turn::Empty => {
+                    self.rest(at);
+                    return false;
+                }
+                Turn::Again => return true,
+                Turn::Waiting => return false,
+                Turn::Failed => {}
             },
-            _ => {}
+            _ => return false,
         }
+        *budget = 0;
+        false
     }
 
     /// There is nothing to execute: the seat goes back, or the send queue is drained.
@@ -163,9 +216,8 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Executes work requests until the turn is over.
-    fn execute(&mut self, at: usize, now: u64) -> Turn {
-        let mut budget = SLICE;
-        for _ in 0..BATCH {
+    fn execute(&mut self, at: usize, now: u64, budget: &mut u64) -> Turn {
+        while *budget >= WORK {
             let Some(qp) = self.qps[at].as_mut() else { return Turn::Empty };
             if qp.state == QpState::Sqd && !qp.requester.has_begun() {
                 return Turn::Empty;
@@ -175,17 +227,18 @@ impl<M: Memory> Fabric<M> {
                 Fetch::Bad(_) => {
                     self.raise(at, EventType::QpFatal);
                     self.fail_all(at);
-                    return Turn::Waiting;
+                    return Turn::Failed;
                 }
                 Fetch::Ready => {}
             }
             let attempt = match qp.requester.qp_type() {
                 QpType::Ud => self.send_datagram(at),
-                _ => self.attempt(at, now, &mut budget),
+                _ => self.attempt(at, now, budget),
             };
+            *budget = budget.saturating_sub(WORK) / ALIGN * ALIGN;
             match attempt {
-                Attempt::Done if budget > 0 => {}
-                Attempt::Done | Attempt::Unfinished => return Turn::Again,
+                Attempt::Done => {}
+                Attempt::Unfinished => return Turn::Again,
                 Attempt::Wait(until) => {
                     if self.wait(at, until) {
                         return Turn::Waiting;
@@ -193,7 +246,7 @@ impl<M: Memory> Fabric<M> {
                 }
                 Attempt::Failed { peer_failed, peer_event } => {
                     self.set_failed(at, peer_failed.then_some(peer_event));
-                    return Turn::Waiting;
+                    return Turn::Failed;
                 }
             }
         }
@@ -247,7 +300,9 @@ impl<M: Memory> Fabric<M> {
     fn wait(&mut self, at: usize, until: Option<u64>) -> bool {
         let peer_at = self.resolve_peer(at);
         let Some(qpn) = self.qps[at].as_ref().map(|qp| qp.qpn) else { return true };
-        if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
+        if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut())
+            && peer.responder.accepts(qpn)
+        {
             peer.responder.set_ring_me(true);
             if peer.responder.may_receive(qpn) {
                 return false;
@@ -255,7 +310,6 @@ impl<M: Memory> Fabric<M> {
         }
         let Some(qp) = self.qps[at].as_mut() else { return true };
         qp.waiting = Some(until);
-        self.schedule.park(at, qp.attr.dest_qp_num);
         if let Some(when) = until {
             self.schedule.set_timer(when, at);
         }
@@ -288,7 +342,7 @@ impl<M: Memory> Fabric<M> {
         let qp = self.qps[at].as_ref()?;
         let (qpn, dgid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
         if let Some(known) = qp.peer
-            && self.qps[known].as_ref().is_some_and(|peer| peer.qpn == qpn)
+            && self.qps[known].as_ref().is_some_and(|peer| peer.qpn == qpn && peer.tenant == qp.tenant)
         {
             return Some(known);
         }
@@ -311,9 +365,9 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
         let found = *self.qpn_index.get(&qpn)?;
         let peer = self.qps[found].as_ref()?;
-        let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
         let same_type = peer.requester.qp_type() == qp.requester.qp_type();
-        (same_type && client.tenant == other.tenant && other.gids.contains(dgid)).then_some(found)
+        let there = self.clients[peer.owner].as_ref()?.gids.contains(dgid);
+        (same_type && peer.tenant == qp.tenant && there).then_some(found)
     }
 }
 

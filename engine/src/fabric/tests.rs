@@ -23,7 +23,9 @@ use super::*;
 use crate::{Attempt, Fault, Fetch, MemoryWindow, Verdict, completion::Completions};
 
 mod drain;
+mod fairness;
 mod hostile;
+mod isolation;
 mod property;
 mod retries;
 mod revocation;
@@ -131,6 +133,16 @@ fn gid(client: u32) -> Gid {
 
 impl App {
     fn new(fabric: &mut Fabric<TestMemory>, client: u32, qp_type: QpType, mode: Mode) -> Self {
+        Self::in_tenant(0, fabric, client, qp_type, mode)
+    }
+
+    fn in_tenant(
+        tenant: u32,
+        fabric: &mut Fabric<TestMemory>,
+        client: u32,
+        qp_type: QpType,
+        mode: Mode,
+    ) -> Self {
         let arena = Window::heap(1 << 20);
         let buffer = vec![0u64; 128 * 1024];
         let (start, len) = (buffer.as_ptr() as u64, buffer.len() as u64 * 8);
@@ -150,7 +162,7 @@ impl App {
         fabric.open(
             client,
             ClientInit {
-                tenant: 0,
+                tenant,
                 mode,
                 doorbells: doorbells.clone(),
                 events: EventWriter::new(&arena).unwrap(),
@@ -626,24 +638,6 @@ fn a_datagram_carries_its_header_and_its_qkey_is_checked() {
     assert_eq!((got.byte_len, got.src_qp, got.flags & 1), (45, a.qpn, 1));
     assert_eq!(&b.bytes()[40..45], b"hello");
     assert_eq!(b.bytes()[8..24], gid(1));
-}
-
-#[test]
-fn tenants_never_meet() {
-    let mut fabric = Fabric::new();
-    let mut a = App::new(&mut fabric, 1, QpType::Rc, Mode::Isolated);
-    let b = App::new(&mut fabric, 2, QpType::Rc, Mode::Isolated);
-    fabric.client_mut(2).unwrap().tenant = 1;
-    a.to_rts(&mut fabric, &b, QpType::Rc);
-    b.to_rts(&mut fabric, &a, QpType::Rc);
-    let mut wqe = send(Opcode::Write, a.sge(0, 1));
-    (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
-    a.post(&wqe);
-    turn(&mut fabric, 0);
-    while let Some(next) = fabric.next_timer() {
-        turn(&mut fabric, next);
-    }
-    assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr);
 }
 
 #[test]
