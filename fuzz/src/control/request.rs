@@ -44,7 +44,7 @@ impl Handles {
     }
 
     pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
-        match input.u8() % 20 {
+        match input.u8() % 21 {
             0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
             1 => Request::Gids,
             2 => Request::AllocPd,
@@ -61,6 +61,7 @@ impl Handles {
             12 | 13 => Request::CreateQp(self.create_qp(input)),
             14..=16 => self.modify_qp(input),
             17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
+            19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },
             18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },
             _ => Request::Status,
         }

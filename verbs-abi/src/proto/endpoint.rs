@@ -101,9 +101,10 @@ impl Endpoint {
         if received.bytes == 0 {
             return Err(ProtoError::Closed);
         }
-        let message = postcard::from_bytes(&bytes[..received.bytes])
-            .map_err(|_| ProtoError::Malformed(received.bytes))?;
-        Ok((message, fds))
+        match postcard::take_from_bytes(&bytes[..received.bytes]) {
+            Ok((message, [])) => Ok((message, fds)),
+            _ => Err(ProtoError::Malformed(received.bytes)),
+        }
     }
 }
 
@@ -141,6 +142,10 @@ mod tests {
         let (a, b) = pair();
         rustix::net::send(&a, &[0xff; 40], SendFlags::empty()).unwrap();
         assert!(matches!(b.recv::<Request>(), Err(ProtoError::Malformed(40))));
+        let mut bytes = postcard::to_stdvec(&Request::AllocPd).unwrap();
+        bytes.push(0);
+        rustix::net::send(&a, &bytes, SendFlags::empty()).unwrap();
+        assert!(matches!(b.recv::<Request>(), Err(ProtoError::Malformed(2))), "something behind a message");
         rustix::net::send(&a, &[0; MAX_MESSAGE + 1], SendFlags::empty()).unwrap();
         assert!(matches!(b.recv::<Request>(), Err(ProtoError::Oversized)));
     }
