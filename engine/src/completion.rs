@@ -55,11 +55,13 @@ impl Completions {
     }
 
     /// Completions written so far.
+    #[inline]
     pub(crate) fn count(&self) -> u64 {
         self.writer.tail()
     }
 
     /// Continues where another seat stopped.
+    #[inline]
     pub(crate) fn seek(&mut self, count: u64) {
         if count != self.writer.tail() {
             self.writer.seek(count);

@@ -67,6 +67,16 @@ pub(crate) struct Span {
     pub(crate) len: u64,
 }
 
+impl Span {
+    /// Where all of it is mapped in this process, if it lies in one piece in the shared sub-range.
+    #[inline(always)]
+    pub(crate) fn mapped(&self, memory: &impl Memory) -> Option<NonNull<u8>> {
+        let inside = self.addr >= self.mr.shared_start
+            && self.addr.checked_add(self.len).is_some_and(|end| end <= self.mr.shared_end);
+        if inside { memory.mapped(&self.mr, self.addr, self.len as usize) } else { None }
+    }
+}
+
 /// Whether this seat reaches every span.
 #[inline]
 pub(crate) fn all_reached(memory: &impl Memory, spans: &[Span]) -> bool {
@@ -74,7 +84,7 @@ pub(crate) fn all_reached(memory: &impl Memory, spans: &[Span]) -> bool {
 }
 
 /// The range `[iova, iova + len)` under `key`, if the key's owner, PD, bounds and rights allow it.
-#[inline]
+#[inline(always)]
 pub(crate) fn check(
     memory: &impl Memory,
     pd: u32,
@@ -87,7 +97,7 @@ pub(crate) fn check(
 }
 
 /// The same for the key of a peer, used at the QP `qpn`.
-#[inline]
+#[inline(always)]
 pub(crate) fn check_remote(
     memory: &impl Memory,
     (pd, qpn): (u32, u32),
@@ -99,7 +109,7 @@ pub(crate) fn check_remote(
     within(memory.lookup_remote(key, qpn)?, pd, iova, len, need)
 }
 
-#[inline]
+#[inline(always)]
 fn within(mr: MrEntry, pd: u32, iova: u64, len: u64, need: AccessFlags) -> Option<Span> {
     let offset = iova.checked_sub(mr.iova)?;
     let inside = offset.checked_add(len).is_some_and(|end| end <= mr.len);

@@ -3,6 +3,8 @@
 //! Who may call it: the holder of the QP's seat token. The caller finds the peer, keeps the time and acts on
 //! what [`Attempt`] says; this half counts its retries (`retry`) and says when to come back.
 
+mod at_once;
+
 use std::sync::atomic::Ordering;
 
 use verbs_abi::{
@@ -141,6 +143,38 @@ impl Requester {
         self.area.header.initiator_depth().store(max_rd_atomic.into(), Ordering::Relaxed);
     }
 
+    /// Takes a work request that never lay in the queue, which must be empty (owner). The box given back is for the
+    /// next one to be built in.
+    #[inline]
+    pub fn offer(&mut self, wqe: &mut Box<SendWqe>) {
+        debug_assert!(!self.fetched);
+        std::mem::swap(&mut self.wqe, wqe);
+        self.wqe.blocks = 0;
+        (self.fetched, self.placed) = (true, 0);
+    }
+
+    /// Gives a work request that was offered and not completed back (owner), for the queue.
+    pub fn withdraw(&mut self, wqe: &mut Box<SendWqe>) {
+        std::mem::swap(&mut self.wqe, wqe);
+        self.fetched = false;
+    }
+
+    /// Whether everything up to block `tail` is executed.
+    #[inline]
+    #[must_use]
+    pub fn is_at(&self, tail: u64) -> bool {
+        self.head == tail && !self.fetched
+    }
+
+    /// Publishes how far it got, for the next holder of the seat.
+    #[inline]
+    pub fn save(&self) {
+        let header = &self.area.header;
+        header.sq_completions().store(self.completions.count(), Ordering::Relaxed);
+        header.sq_done().store(self.done, Ordering::Relaxed);
+        header.sq_head().store(self.head, Ordering::Release);
+    }
+
     /// Goes on where the last holder of the seat stopped. False: the header holds counts that cannot be.
     pub fn resume(&mut self) -> bool {
         let header = &self.area.header;
@@ -176,11 +210,21 @@ impl Requester {
             Ok(false) => Fetch::Empty,
             Err(bad) => Fetch::Bad(bad),
             Ok(true) => {
-                (self.fetched, self.placed) = (true, 0);
+                (self.fetched, self.placed) = (true, self.placed_before());
                 self.retry.begin();
                 Fetch::Ready
             }
         }
+    }
+
+    /// Bytes of the fetched WQE that the last holder of the seat has placed.
+    #[inline]
+    fn placed_before(&self) -> u64 {
+        let header = &self.area.header;
+        if header.journal_wqe().load(Ordering::Relaxed) != self.done.wrapping_add(1) {
+            return 0;
+        }
+        header.journal_placed().load(Ordering::Relaxed).min(self.wqe.length())
     }
 
     /// Where the fetched datagram goes.
@@ -202,18 +246,30 @@ impl Requester {
             // It was woken too early: until then nothing is sent, and nothing counts.
             return Attempt::Wait(Some(until));
         }
+        if let Some((responder, remote)) = &peer
+            && self.write_at_once(local, responder, *remote, *budget)
+        {
+            *budget -= self.wqe.length();
+            self.succeed(Opcode::Write, self.wqe.length());
+            return Attempt::Done;
+        }
         let opcode = match self.check(local) {
             Ok(opcode) => opcode,
             Err(status) => return self.fail(status, false, None),
         };
         let before = self.placed;
-        self.area.header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
         let reply = match peer {
             _ if opcode.is_local() => self.change_window(opcode, local),
             None => Reply::Silence,
             Some((responder, remote)) => self.execute(opcode, local, responder, remote, *budget),
         };
-        self.settle(opcode, reply, now, budget, before)
+        let attempt = self.settle(opcode, reply, now, budget, before);
+        if matches!(attempt, Attempt::Unfinished | Attempt::Wait(_)) {
+            let header = &self.area.header;
+            header.journal_placed().store(self.placed, Ordering::Relaxed);
+            header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
+        }
+        attempt
     }
 
     /// Sends the fetched datagram to `peer`, or into the void. `qkey` is the QP's own Q_Key.
@@ -268,6 +324,7 @@ impl Requester {
     }
 
     /// Checks the fetched WQE itself, at each attempt: between two, its keys may have died.
+    #[inline]
     fn check<M: Memory>(&mut self, local: &M) -> Result<Opcode, WcStatus> {
         let opcode = Opcode::try_from(u32::from(self.wqe.opcode)).map_err(|_| WcStatus::LocQpOpErr)?;
         let datagram = self.qp_type == QpType::Ud;
@@ -408,7 +465,6 @@ impl Requester {
                 *budget = budget.saturating_sub(placed - before);
                 self.placed = placed;
                 self.retry.progress();
-                self.area.header.journal_placed().store(placed, Ordering::Relaxed);
                 Attempt::Unfinished
             }
             Reply::OutOfReach => Attempt::Wait(None),
@@ -435,6 +491,7 @@ impl Requester {
         }
     }
 
+    #[inline]
     fn succeed(&mut self, opcode: Opcode, length: u64) {
         self.messages += 1;
         self.bytes += length;
@@ -450,6 +507,7 @@ impl Requester {
     }
 
     /// Ends the fetched WQE. The completion is published before the head moves.
+    #[inline]
     fn complete(&mut self, status: WcStatus, opcode: WcOpcode, byte_len: u32, signaled: bool) {
         if signaled {
             let cqe = Cqe {
@@ -465,11 +523,10 @@ impl Requester {
         self.head = self.head.wrapping_add(u64::from(self.wqe.blocks));
         self.done = self.done.wrapping_add(1);
         self.fetched = false;
-        let header = &self.area.header;
-        header.journal_wqe().store(0, Ordering::Relaxed);
-        header.sq_completions().store(self.completions.count(), Ordering::Relaxed);
-        header.sq_done().store(self.done, Ordering::Relaxed);
-        header.sq_head().store(self.head, Ordering::Release);
+        // An owner that is killed leaves nothing that anybody goes on with; a living one saves when it leaves.
+        if !self.owner {
+            self.save();
+        }
     }
 
     /// Owner, before it parks after a failure: what the router has to do about it.

@@ -2,7 +2,10 @@
 //!
 //! Who may call it: the holder of the seat of the QP that sends to it, nobody else at the same time.
 
-use std::sync::atomic::{Ordering, fence};
+use std::{
+    ptr::NonNull,
+    sync::atomic::{Ordering, fence},
+};
 
 use verbs_abi::{
     proto::Gid,
@@ -142,6 +145,7 @@ impl Responder {
     }
 
     /// Takes state and rights from the shared header, as a direct peer must before each request.
+    #[inline]
     pub fn refresh(&mut self) {
         let header = &self.area.header;
         let state = header.state().load(Ordering::Acquire);
@@ -355,6 +359,24 @@ impl Responder {
             Ok(()) => Reply::Found(found),
             Err(_) => OPERATION,
         }
+    }
+
+    /// Where an RDMA WRITE of the connected peer goes, if all is well with it and it goes to one mapped piece.
+    #[inline]
+    pub(crate) fn write_target<M: Memory>(
+        &self,
+        memory: &M,
+        source_qpn: u32,
+        rkey: u32,
+        addr: u64,
+        len: u64,
+    ) -> Option<NonNull<u8>> {
+        let need = AccessFlags::REMOTE_WRITE;
+        let is_new = self.state == QpState::Rtr && !self.established;
+        if !self.state.may_respond() || is_new || self.peer != source_qpn || !self.access.contains(need) {
+            return None;
+        }
+        check_remote(memory, (self.pd, self.qpn), rkey, addr, len, need)?.mapped(memory)
     }
 
     fn write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {

@@ -4,10 +4,10 @@
 //! runs the engine itself, as long as the seat token is the owner's; what cannot complete now (no receive posted, a
 //! peer that is not ready, memory that was not moved) goes to the router with the token.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, Verdict};
@@ -16,71 +16,16 @@ use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::CompletionWriter;
 use verbs_abi::shm::mr_table::{MrEntry, MrTable, WINDOW};
 use verbs_abi::shm::queue::QueueArea;
+use verbs_abi::shm::wqe::SendWqe;
 use verbs_abi::shm::{Window, arena};
 use verbs_abi::verbs::{AccessFlags, QpState, QpType};
 
 use crate::context::Context;
-use crate::lock::{Guard, Lock};
-use crate::log::{self, Level};
 use crate::qp::Qp;
 
-/// A QP's direct connection, if it has one.
-#[derive(Debug)]
-pub(crate) struct Direct(Lock<Option<Box<Seat>>>);
-
-impl Default for Direct {
-    fn default() -> Direct {
-        Direct(Lock::new(None))
-    }
-}
-
-impl Direct {
-    /// Executes what was posted. False: the router has to, and must be rung.
-    #[inline]
-    pub(crate) fn run(&self, qp: &Qp) -> bool {
-        match &mut *self.0.lock() {
-            Some(seat) => seat.run(qp),
-            None => false,
-        }
-    }
-
-    /// Keeps this process from executing while the router changes the QP.
-    pub(crate) fn pause(&self) -> Paused<'_> {
-        Paused(self.0.lock())
-    }
-
-    /// The same where no thread executes just now.
-    pub(crate) fn try_pause(&self) -> Option<Paused<'_>> {
-        self.0.try_lock().map(Paused)
-    }
-}
-
-/// A QP that its owner does not execute now.
-pub(crate) struct Paused<'a>(Guard<'a, Option<Box<Seat>>>);
-
-impl Paused<'_> {
-    /// Ends the direct connection.
-    pub(crate) fn disconnect(&mut self) {
-        *self.0 = None;
-    }
-
-    /// Connects the QP directly with its peer, as the router offers. A failure leaves the router to execute.
-    pub(crate) fn connect(
-        &mut self,
-        device: &Context,
-        qp: &Qp,
-        pd: u32,
-        peer: &DirectPeer,
-        fds: Vec<OwnedFd>,
-    ) {
-        match Seat::new(device, qp, pd, peer, fds) {
-            Ok(seat) => *self.0 = Some(Box::new(seat)),
-            Err(error) => {
-                log::say(Level::Warn, format_args!("QP {:#x} stays isolated: {error}", qp.number()));
-            }
-        }
-    }
-}
+/// Bytes of a message that its owner moves in one go. A longer one is the router's from there on, so that
+/// posting takes no longer than that.
+const SLICE: u64 = 1 << 20;
 
 /// The peers of an opened device, by client.
 #[derive(Debug, Default)]
@@ -136,22 +81,38 @@ enum Reach {
     /// Our own: all of it, by address.
     Own(MrTable),
     /// A peer's: what was moved. The region used last is at hand.
-    Peer { peer: Arc<Peer>, last: Mutex<Option<(MrEntry, Window)>> },
+    Peer { peer: Arc<Peer>, last: RefCell<Option<Mapped>> },
 }
 
-impl Reach {
-    fn window(&self, mr: &MrEntry) -> Option<NonNull<u8>> {
-        let Reach::Peer { peer, last } = self else { return None };
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_ref().is_none_or(|(known, _)| known != mr) {
-            *last = Some((*mr, peer.window(mr)?));
-        }
-        last.as_ref().and_then(|(_, window)| NonNull::new(window.as_ptr()))
+/// A range of a peer's region and where it is mapped.
+#[derive(Debug)]
+struct Mapped {
+    start: u64,
+    end: u64,
+    window: Window,
+}
+
+/// Where a peer's MR is mapped here: its shared sub-range, mapped at the first use.
+#[inline]
+fn base(peer: &Peer, last: &RefCell<Option<Mapped>>, mr: &MrEntry) -> Option<*mut u8> {
+    if let Some(known) = &*last.borrow()
+        && (known.start, known.end) == (mr.shared_start, mr.shared_end)
+    {
+        return Some(known.window.as_ptr());
     }
+    map(peer, last, mr)
+}
+
+#[cold]
+fn map(peer: &Peer, last: &RefCell<Option<Mapped>>, mr: &MrEntry) -> Option<*mut u8> {
+    let window = peer.window(mr)?;
+    let base = window.as_ptr();
+    *last.borrow_mut() = Some(Mapped { start: mr.shared_start, end: mr.shared_end, window });
+    Some(base)
 }
 
 impl Memory for Reach {
-    #[inline]
+    #[inline(always)]
     fn lookup(&self, key: u32) -> Option<MrEntry> {
         match self {
             Reach::Own(table) => {
@@ -168,11 +129,11 @@ impl Memory for Reach {
             // Pages that are found on demand may not be there: no fault of the application's own thread.
             Reach::Own(_) if is_on_demand(mr) => None,
             Reach::Own(_) => NonNull::new(addr as *mut u8),
-            Reach::Peer { .. } => {
+            Reach::Peer { peer, last } => {
                 let offset = usize::try_from(addr.checked_sub(mr.shared_start)?).ok()?;
                 let inside = offset.checked_add(len)? as u64 <= mr.shared_end.checked_sub(mr.shared_start)?;
-                let base = self.window(mr).filter(|_| inside)?;
-                NonNull::new(base.as_ptr().wrapping_add(offset))
+                let base = base(peer, last, mr).filter(|_| inside)?;
+                NonNull::new(base.wrapping_add(offset))
             }
         }
     }
@@ -181,10 +142,10 @@ impl Memory for Reach {
     fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {
         match self {
             Reach::Own(_) => !is_on_demand(mr),
-            Reach::Peer { .. } => {
+            Reach::Peer { peer, last } => {
                 let end = addr.checked_add(len);
                 let inside = addr >= mr.shared_start && end.is_some_and(|end| end <= mr.shared_end);
-                inside && self.window(mr).is_some()
+                inside && base(peer, last, mr).is_some()
             }
         }
     }
@@ -203,17 +164,40 @@ fn is_on_demand(mr: &MrEntry) -> bool {
     mr.access & AccessFlags::ON_DEMAND.bits() != 0
 }
 
-/// What the owner needs to execute.
+/// What the owner needs to execute. It belongs to the send queue, and to whoever holds that queue's lock.
 #[derive(Debug)]
-struct Seat {
+pub(crate) struct Seat {
     requester: Requester,
     responder: Responder,
     own: Reach,
     peer: Reach,
+    /// The term in which this process executed last.
+    term: Option<u32>,
+}
+
+/// What became of a work request that the owner tried to execute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tried {
+    /// It completed.
+    Done,
+    /// It completed with an error; the router has to act on that.
+    Failed,
+    /// The router has to execute it.
+    NotNow,
 }
 
 impl Seat {
-    fn new(device: &Context, qp: &Qp, pd: u32, to: &DirectPeer, fds: Vec<OwnedFd>) -> std::io::Result<Seat> {
+    /// Connects the QP directly with its peer, as the router offers.
+    ///
+    /// # Errors
+    /// What was offered cannot be mapped; the router executes then.
+    pub(crate) fn new(
+        device: &Context,
+        qp: &Qp,
+        pd: u32,
+        to: &DirectPeer,
+        fds: Vec<OwnedFd>,
+    ) -> std::io::Result<Seat> {
         let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidData);
         let mut fds = fds.into_iter();
         let (arena, region, bell) =
@@ -231,47 +215,83 @@ impl Seat {
         let responder = Responder::new(QpType::Rc, to.pd, area, receives);
 
         let own = MrTable::new(&device.arena).ok_or_else(invalid)?;
-        let peer = Reach::Peer { peer, last: Mutex::default() };
-        Ok(Seat { requester, responder, own: Reach::Own(own), peer })
+        let peer = Reach::Peer { peer, last: RefCell::default() };
+        Ok(Seat { requester, responder, own: Reach::Own(own), peer, term: None })
     }
 
-    /// Executes what is posted, as far as it goes. False: the router holds the seat and must be rung.
+    /// Begins to execute, if the seat is the owner's, with what the queue holds up to block `tail`. False: the router
+    /// holds the seat.
     #[inline]
-    fn run(&mut self, qp: &Qp) -> bool {
-        let header = &qp.area.header;
-        let token = header.seat();
+    pub(crate) fn enter(&mut self, qp: &Qp, tail: u64) -> bool {
+        let token = qp.area.header.seat();
         if !token.enter() {
             return false;
         }
-        if !self.requester.resume() {
-            token.park();
-            return false;
+        let term = Some(token.term());
+        if self.term != term {
+            self.term = term;
+            self.requester.resume();
         }
-        while self.requester.fetch() == Fetch::Ready {
-            let ready = header.state().load(Ordering::Acquire) == QpState::Rts.value();
-            if !ready || !self.attempt() {
-                token.park();
-                return false;
-            }
+        if self.requester.is_at(tail) || self.drain(qp) {
+            return true;
         }
-        token.leave();
-        true
+        self.park(qp);
+        false
     }
 
-    /// Executes one work request. False: the router goes on from here.
-    #[inline]
-    fn attempt(&mut self) -> bool {
-        self.responder.refresh();
-        let mut budget = u64::MAX;
-        let peer = Some((&mut self.responder, &self.peer));
-        match self.requester.attempt(&self.own, peer, 0, &mut budget) {
-            Attempt::Done => true,
-            Attempt::Failed { peer_failed, peer_event } => {
-                self.requester.leave_verdict(Verdict { peer_failed, peer_event });
-                false
+    /// Executes what the queue holds. False: the router goes on from here.
+    #[cold]
+    fn drain(&mut self, qp: &Qp) -> bool {
+        loop {
+            match self.requester.fetch() {
+                Fetch::Empty => return true,
+                Fetch::Ready if self.attempt(qp) == Attempt::Done => {}
+                _ => return false,
             }
-            Attempt::Unfinished | Attempt::Wait(_) => false,
         }
+    }
+
+    /// Executes a work request that is not in the queue.
+    #[inline]
+    pub(crate) fn execute(&mut self, qp: &Qp, wqe: &mut Box<SendWqe>) -> Tried {
+        self.requester.offer(wqe);
+        match self.attempt(qp) {
+            Attempt::Done => Tried::Done,
+            Attempt::Failed { .. } => Tried::Failed,
+            Attempt::Unfinished | Attempt::Wait(_) => {
+                self.requester.withdraw(wqe);
+                Tried::NotNow
+            }
+        }
+    }
+
+    /// Executes the work request at hand.
+    #[inline]
+    fn attempt(&mut self, qp: &Qp) -> Attempt {
+        if qp.state() != QpState::Rts.value() {
+            return Attempt::Wait(None);
+        }
+        self.responder.refresh();
+        let mut budget = SLICE;
+        let peer = Some((&mut self.responder, &self.peer));
+        let attempt = self.requester.attempt(&self.own, peer, 0, &mut budget);
+        if let Attempt::Failed { peer_failed, peer_event } = attempt {
+            self.requester.leave_verdict(Verdict { peer_failed, peer_event });
+        }
+        attempt
+    }
+
+    /// Stops executing and keeps the seat.
+    #[inline]
+    pub(crate) fn leave(&mut self, qp: &Qp) {
+        self.requester.save();
+        qp.area.header.seat().leave();
+    }
+
+    /// Stops executing and hands the seat to the router, which must be rung.
+    pub(crate) fn park(&mut self, qp: &Qp) {
+        self.requester.save();
+        qp.area.header.seat().park();
     }
 }
 

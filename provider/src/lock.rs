@@ -1,24 +1,24 @@
-//! The lock of the data path: one atomic operation when nobody contends, a futex when somebody does.
+//! The lock of the data path: one atomic operation to take it and a plain store to give it up, for its holders are
+//! quick. Whoever must wait looks again, lets others run, and at last sleeps a little between two looks.
 //!
 //! It may be held between two calls of C (from `wr_start` to `wr_complete`, from `start_poll` to `end_poll`), which
 //! the standard library's guards do not allow.
 
 use std::cell::UnsafeCell;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use rustix::thread::futex;
-
-const FREE: u32 = 0;
-const HELD: u32 = 1;
-const CONTENDED: u32 = 2;
-/// Looks at a held lock before sleeping: its holders are quick.
+/// Looks at a held lock before the processor is given to others.
 const SPINS: u32 = 100;
+/// Looks after which the waiter sleeps between two of them: the holder waits for something itself.
+const YIELDS: u32 = 200;
+const NAP: Duration = Duration::from_micros(50);
 
 /// A value that one thread at a time may touch.
 #[derive(Debug)]
 pub(crate) struct Lock<T> {
-    state: AtomicU32,
+    held: AtomicBool,
     value: UnsafeCell<T>,
 }
 
@@ -27,7 +27,7 @@ unsafe impl<T: Send> Sync for Lock<T> {}
 
 impl<T> Lock<T> {
     pub(crate) fn new(value: T) -> Lock<T> {
-        Lock { state: AtomicU32::new(FREE), value: UnsafeCell::new(value) }
+        Lock { held: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
     /// Takes the lock until the guard is dropped.
@@ -39,33 +39,32 @@ impl<T> Lock<T> {
 
     /// Takes the lock if nobody holds it.
     pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
-        self.state
-            .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
-            .ok()
-            .map(|_| Guard(self))
+        self.try_acquire().then(|| Guard(self))
     }
 
     /// Takes the lock until [`Self::release`].
     #[inline]
     pub(crate) fn acquire(&self) {
-        if self.state.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        if !self.try_acquire() {
             self.wait();
         }
     }
 
+    #[inline]
+    fn try_acquire(&self) -> bool {
+        self.held.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
     #[cold]
     fn wait(&self) {
-        for _ in 0..SPINS {
-            if self.state.load(Ordering::Relaxed) == FREE
-                && self.state.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_ok()
-            {
-                return;
+        let mut looks = 0_u32;
+        while self.held.load(Ordering::Relaxed) || !self.try_acquire() {
+            looks = looks.saturating_add(1);
+            match looks {
+                0..SPINS => std::hint::spin_loop(),
+                SPINS..YIELDS => rustix::thread::sched_yield(),
+                _ => std::thread::sleep(NAP),
             }
-            std::hint::spin_loop();
-        }
-        while self.state.swap(CONTENDED, Ordering::Acquire) != FREE {
-            // A wake-up for whatever reason leads to another look.
-            let _ = futex::wait(&self.state, futex::Flags::PRIVATE, CONTENDED, None);
         }
     }
 
@@ -75,9 +74,7 @@ impl<T> Lock<T> {
     /// The caller must hold the lock by [`Self::acquire`] and keep no reference to the value.
     #[inline]
     pub(crate) unsafe fn release(&self) {
-        if self.state.swap(FREE, Ordering::Release) == CONTENDED {
-            let _ = futex::wake(&self.state, futex::Flags::PRIVATE, 1);
-        }
+        self.held.store(false, Ordering::Release);
     }
 
     /// The value.

@@ -156,14 +156,14 @@ impl Rings {
             // Whoever holds the own seat is executing; the next poll finds it. Then nobody begins any more.
             let qp = Arc::clone(&ring.qp);
             qp.fail();
-            let Some(_paused) = qp.direct.try_pause() else { continue };
+            let Some(mut sends) = qp.send.try_lock() else { continue };
             taken += ring.drain(limit - taken, emit);
             if taken == limit {
                 break;
             }
             ring.is_flushed = true;
             while taken < limit
-                && let Some(cqe) = ring.qp.flush_oldest(ring.side)
+                && let Some(cqe) = ring.qp.flush_oldest(ring.side, &mut sends)
             {
                 emit(&ring.qp, &cqe);
                 taken += 1;

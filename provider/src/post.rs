@@ -14,6 +14,7 @@ use verbs_abi::verbs::{Opcode, QpState, QpType};
 
 use crate::abi::edge::{self, Errno};
 use crate::ah::Ah;
+use crate::direct::{Seat, Tried};
 use crate::mw;
 use crate::qp::Qp;
 
@@ -24,7 +25,11 @@ const SEND_FLAGS: u32 = (flag::FENCE | flag::SIGNALED | flag::SOLICITED | flag::
 #[derive(Debug)]
 pub(crate) struct SendQueue {
     /// The WQE being built.
-    pub(crate) wqe: SendWqe,
+    pub(crate) wqe: Box<SendWqe>,
+    /// The application's own seat, where it has one.
+    pub(crate) seat: Option<Box<Seat>>,
+    /// Who executes what is being posted.
+    turn: Turn,
     tail: u64,
     posted: u64,
     /// Where each outstanding WQE begins: low 32 bits of its block's number.
@@ -33,8 +38,19 @@ pub(crate) struct SendQueue {
     pub(crate) session: crate::wr::Session,
 }
 
+/// Who executes what is being posted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// The router, from the queue.
+    Router,
+    /// This thread, each work request as it is built.
+    Owner,
+    /// This thread began; the router goes on from the queue.
+    Parked,
+}
+
 /// A place in a send queue to return to.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Mark {
     tail: u64,
     posted: u64,
@@ -43,7 +59,15 @@ pub(crate) struct Mark {
 impl SendQueue {
     pub(crate) fn new(max_send_wr: u32) -> SendQueue {
         let starts = vec![0; max_send_wr.max(1).next_power_of_two() as usize].into_boxed_slice();
-        SendQueue { wqe: SendWqe::default(), tail: 0, posted: 0, starts, session: Default::default() }
+        SendQueue {
+            wqe: Box::default(),
+            seat: None,
+            turn: Turn::Router,
+            tail: 0,
+            posted: 0,
+            starts,
+            session: Default::default(),
+        }
     }
 
     /// WQEs appended since the last restart.
@@ -70,6 +94,50 @@ impl SendQueue {
     pub(crate) fn check_room(&self, qp: &Qp) -> Result<(), Errno> {
         let outstanding = self.posted.wrapping_sub(qp.sq_freed.load(Ordering::Acquire));
         if outstanding < u64::from(qp.limits.cap.max_send_wr) { Ok(()) } else { Err(Errno::NOMEM) }
+    }
+
+    /// Begins to post: from here to [`Self::end`] this thread executes, if it may.
+    #[inline]
+    pub(crate) fn begin_posting(&mut self, qp: &Qp) {
+        let tail = self.tail;
+        let may = self.seat.as_mut().is_some_and(|seat| seat.enter(qp, tail));
+        self.turn = if may { Turn::Owner } else { Turn::Router };
+    }
+
+    /// Posts the WQE that was built.
+    #[inline]
+    pub(crate) fn post(&mut self, qp: &Qp) {
+        if self.turn == Turn::Owner
+            && let Some(seat) = &mut self.seat
+        {
+            match seat.execute(qp, &mut self.wqe) {
+                Tried::Done => {
+                    self.posted += 1;
+                    return;
+                }
+                Tried::Failed => {
+                    self.posted += 1;
+                    self.turn = Turn::Parked;
+                    return;
+                }
+                Tried::NotNow => self.turn = Turn::Parked,
+            }
+        }
+        self.append(qp);
+    }
+
+    /// Ends posting. True: the router must be rung.
+    #[inline]
+    pub(crate) fn end_posting(&mut self, qp: &Qp) -> bool {
+        if self.turn != Turn::Owner {
+            self.publish(qp);
+        }
+        match (self.turn, &mut self.seat) {
+            (Turn::Owner, Some(seat)) => seat.leave(qp),
+            (Turn::Parked, Some(seat)) => seat.park(qp),
+            _ => {}
+        }
+        self.turn != Turn::Owner
     }
 
     /// Appends the WQE that was built.
@@ -260,16 +328,13 @@ pub(crate) unsafe extern "C" fn send(
         let mut next = wr;
         let result = check_send(qp).and_then(|()| {
             let mut queue = qp.send.lock();
-            let before = queue.posted;
+            queue.begin_posting(qp);
             // SAFETY: the application passes a list of work requests that ends in null.
             let result = unsafe { send_list(&mut queue, qp, &mut next) };
-            let is_new = queue.posted != before;
-            if is_new {
-                queue.publish(qp);
-            }
+            let must_ring = queue.end_posting(qp);
             drop(queue);
-            if is_new {
-                qp.kick();
+            if must_ring {
+                qp.ring();
             }
             result
         });
@@ -300,10 +365,13 @@ pub(crate) fn one(
     (wqe.wr_id, wqe.opcode, wqe.imm) = (wr_id, opcode.value() as u8, 0);
     wqe.flags = flags as u8 | if qp.limits.sq_sig_all { flag::SIGNALED } else { 0 };
     fill(wqe);
-    queue.append(qp);
-    queue.publish(qp);
+    queue.begin_posting(qp);
+    queue.post(qp);
+    let must_ring = queue.end_posting(qp);
     drop(queue);
-    qp.kick();
+    if must_ring {
+        qp.ring();
+    }
     Ok(())
 }
 
@@ -318,7 +386,7 @@ unsafe fn send_list(queue: &mut SendQueue, qp: &Qp, next: &mut *mut ibv_send_wr)
         queue.check_room(qp)?;
         // SAFETY: the caller's promise.
         unsafe { queue.build(qp, wr)? };
-        queue.append(qp);
+        queue.post(qp);
         *next = wr.next;
     }
     Ok(())

@@ -22,9 +22,10 @@ use crate::abi::library::Verbs;
 use crate::bell::Bell;
 use crate::cq::Cq;
 use crate::device;
-use crate::direct::Direct;
+use crate::direct::Seat;
 use crate::event;
 use crate::lock::Lock;
+use crate::log::{self, Level};
 use crate::pd::Pd;
 use crate::poll::Side;
 use crate::post::{RecvQueue, SendQueue};
@@ -92,8 +93,6 @@ pub(crate) struct Qp {
     pub(crate) rq_freed: AtomicU64,
     /// Async events handed to the application.
     pub(crate) async_delivered: AtomicU32,
-    /// The application's own seat, where it has one.
-    pub(crate) direct: Direct,
     send_cq: (Arc<Cq>, u32),
     recv_cq: (Arc<Cq>, u32),
 }
@@ -140,14 +139,6 @@ impl Qp {
     #[inline]
     pub(crate) fn state(&self) -> u32 {
         self.area.header.state().load(Ordering::Relaxed)
-    }
-
-    /// Has the new work executed: by this thread where it may, else by the router.
-    #[inline]
-    pub(crate) fn kick(&self) {
-        if !self.direct.run(self) {
-            self.bell.ring(self.slot);
-        }
     }
 
     /// Tells the router that there is something new.
@@ -206,17 +197,18 @@ impl Qp {
         self.send.try_lock().map_or(0, |queue| queue.posted().saturating_sub(done))
     }
 
-    /// Completes the oldest outstanding WQE as flushed, the router being dead. The caller holds the CQ's lock.
-    pub(crate) fn flush_oldest(&self, side: Side) -> Option<Cqe> {
+    /// Completes the oldest outstanding WQE as flushed, the router being dead. The caller holds the locks of the CQ
+    /// and of the send queue.
+    pub(crate) fn flush_oldest(&self, side: Side, sends: &mut SendQueue) -> Option<Cqe> {
         let mut at = self.freed(side).load(Ordering::Acquire);
         if side == Side::Send {
             // Work that was done in silence stays done.
             let done = self.area.header.sq_done().load(Ordering::Acquire);
-            at = at.max(done.min(self.send.try_lock()?.posted()));
+            at = at.max(done.min(sends.posted()));
         }
         // Whoever holds the lock is posting; the next poll finds it.
         let (wr_id, opcode) = match side {
-            Side::Send => self.send.try_lock()?.read(&self.area, at)?,
+            Side::Send => sends.read(&self.area, at)?,
             Side::Recv => self.recv.try_lock()?.read(&self.area, at)?,
         };
         self.freed(side).store(at + 1, Ordering::Release);
@@ -225,8 +217,8 @@ impl Qp {
     }
 
     /// Begins anew after the router has emptied the queues.
-    fn restart(&self) {
-        self.send.lock().restart();
+    fn restart(&self, sends: &mut SendQueue) {
+        sends.restart();
         self.recv.lock().restart();
         for (side, (cq, slot)) in [(Side::Send, &self.send_cq), (Side::Recv, &self.recv_cq)] {
             let mut rings = cq.rings.lock();
@@ -363,7 +355,6 @@ pub(crate) fn build(
         sq_freed: AtomicU64::new(0),
         rq_freed: AtomicU64::new(0),
         async_delivered: AtomicU32::new(0),
-        direct: Direct::default(),
         send_cq: (send_cq, given.send_slot),
         recv_cq: (recv_cq, given.recv_slot),
     });
@@ -418,16 +409,22 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
         let request = Request::ModifyQp { qpn: own.number, mask: mask as u32, attr };
         // First, since a lock that another thread held at a fork is never free in the child.
         device.health().check_owner()?;
-        let mut paused = own.direct.pause();
+        // This process executes nothing while the router changes the QP.
+        let mut sends = own.send.lock();
         let (answer, fds) = device.link.ask(&request, &[])?;
         if named.contains(QpAttrMask::STATE) && attr.qp_state == QpState::Reset.value() {
-            paused.disconnect();
-            own.restart();
+            sends.seat = None;
+            own.restart(&mut sends);
         }
         if let Answer::Direct(peer) = answer {
             // SAFETY: a live QP's PD is live.
             let pd = unsafe { Pd::of((*qp).pd).id };
-            paused.connect(device, own, pd, &peer, fds);
+            match Seat::new(device, own, pd, &peer, fds) {
+                Ok(seat) => sends.seat = Some(Box::new(seat)),
+                Err(error) => {
+                    log::say(Level::Warn, format_args!("QP {:#x} stays isolated: {error}", own.number));
+                }
+            }
         }
         Ok(())
     })
@@ -468,7 +465,7 @@ pub(crate) unsafe extern "C" fn destroy(qp: *mut ibv_qp) -> c_int {
         device.health().check_owner()?;
         // First, since afterwards the router may give the rings' slots to another QP.
         own.detach();
-        own.direct.pause().disconnect();
+        own.send.lock().seat = None;
         device.link.release(&Request::DestroyQp { qpn: own.number })?;
         device.events.elements().qps.remove(&own.number);
         // SAFETY: initialised at creation, and signalled by libibverbs at each acknowledgement.

@@ -65,14 +65,45 @@ pub(crate) unsafe fn show(qp: *mut ibv_qp_ex, end: usize) {
 impl SendQueue {
     /// Appends the work request being built, if any.
     fn finish(&mut self, qp: &Qp) {
+        if self.close(qp) {
+            self.append(qp);
+        }
+    }
+
+    /// Ends the work request being built. True: there is one to post.
+    #[inline]
+    fn close(&mut self, qp: &Qp) -> bool {
         if !std::mem::take(&mut self.session.is_open) || self.session.error.is_some() {
-            return;
+            return false;
         }
         if qp.limits.qp_type == QpType::Ud && self.wqe.flags & flag::ADDRESS == 0 {
             self.session.error = Some(Errno::INVAL);
-            return;
+            return false;
         }
-        self.append(qp);
+        true
+    }
+
+    /// Posts the session's work requests. True: the router must be rung.
+    #[inline]
+    fn commit(&mut self, qp: &Qp) -> bool {
+        // Of several, the first are in the queue already, and whoever executes them executes all.
+        let is_alone = self.mark() == self.session.mark;
+        let is_open = self.close(qp);
+        if self.session.error.is_some() {
+            self.roll_back(self.session.mark);
+            return false;
+        }
+        if !is_alone {
+            if is_open {
+                self.append(qp);
+            }
+            self.publish(qp);
+        }
+        self.begin_posting(qp);
+        if is_alone && is_open {
+            self.post(qp);
+        }
+        self.end_posting(qp)
     }
 
     /// Begins a work request.
@@ -109,67 +140,58 @@ unsafe fn locked<'a>(qp: *mut ibv_qp_ex) -> (&'a Qp, &'a mut SendQueue) {
 
 /// Begins a work request and lets `fill` complete it.
 ///
+/// Here and in [`set`] nothing can panic, and nothing catches one: it would end the process at the edge to C.
+///
 /// # Safety
 /// As for [`locked`].
+#[inline]
 unsafe fn begin(qp: *mut ibv_qp_ex, opcode: Opcode, fill: impl FnOnce(&mut SendWqe)) {
-    edge::value((), || {
-        // SAFETY: the caller's promise; the application has set the two fields.
-        let ((own, queue), wr_id, flags) = unsafe { (locked(qp), (*qp).wr_id, (*qp).wr_flags) };
-        match queue.begin(own, opcode, wr_id, flags) {
-            Ok(()) => fill(&mut queue.wqe),
-            Err(errno) => {
-                queue.session.error.get_or_insert(errno);
-            }
+    // SAFETY: the caller's promise; the application has set the two fields.
+    let ((own, queue), wr_id, flags) = unsafe { (locked(qp), (*qp).wr_id, (*qp).wr_flags) };
+    match queue.begin(own, opcode, wr_id, flags) {
+        Ok(()) => fill(&mut queue.wqe),
+        Err(errno) => {
+            queue.session.error.get_or_insert(errno);
         }
-    });
+    }
 }
 
 /// Lets `set` add to the work request being built.
 ///
 /// # Safety
 /// As for [`locked`].
+#[inline]
 unsafe fn set(qp: *mut ibv_qp_ex, set: impl FnOnce(&Qp, &mut SendWqe) -> Result<(), Errno>) {
-    edge::value((), || {
-        // SAFETY: the caller's promise.
-        let (own, queue) = unsafe { locked(qp) };
-        let result = if queue.session.is_open { set(own, &mut queue.wqe) } else { Err(Errno::INVAL) };
-        if let Err(errno) = result {
-            queue.session.error.get_or_insert(errno);
-        }
-    });
+    // SAFETY: the caller's promise.
+    let (own, queue) = unsafe { locked(qp) };
+    let result = if queue.session.is_open { set(own, &mut queue.wqe) } else { Err(Errno::INVAL) };
+    if let Err(errno) = result {
+        queue.session.error.get_or_insert(errno);
+    }
 }
 
 unsafe extern "C" fn start(qp: *mut ibv_qp_ex) {
-    edge::value((), || {
-        // SAFETY: the application passes a live extended QP of ours.
-        let own = unsafe { Qp::of(qp.cast()) };
-        own.send.acquire();
-        // SAFETY: the lock was taken just now.
-        let queue = unsafe { own.send.held() };
-        let error = post::check_send(own).err();
-        queue.session = Session { mark: queue.mark(), is_open: false, error };
-    });
+    // SAFETY: the application passes a live extended QP of ours.
+    let own = unsafe { Qp::of(qp.cast()) };
+    own.send.acquire();
+    // SAFETY: the lock was taken just now.
+    let queue = unsafe { own.send.held() };
+    let error = post::check_send(own).err();
+    queue.session = Session { mark: queue.mark(), is_open: false, error };
 }
 
 unsafe extern "C" fn complete(qp: *mut ibv_qp_ex) -> c_int {
     edge::status(|| {
         // SAFETY: the application calls it after `wr_start`, in the same thread.
         let (own, queue) = unsafe { locked(qp) };
-        queue.finish(own);
+        let must_ring = queue.commit(own);
         let error = queue.session.error.take();
-        match error {
-            Some(_) => queue.roll_back(queue.session.mark),
-            None => queue.publish(own),
-        }
         // SAFETY: the lock is held since `wr_start`, and `queue` is used no more.
         unsafe { own.send.release() };
-        match error {
-            Some(errno) => Err(errno),
-            None => {
-                own.kick();
-                Ok(())
-            }
+        if must_ring {
+            own.ring();
         }
+        error.map_or(Ok(()), Err)
     })
 }
 

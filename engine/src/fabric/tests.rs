@@ -696,10 +696,12 @@ impl Owner {
                 if let Attempt::Failed { peer_failed, peer_event } = attempt {
                     self.requester.leave_verdict(Verdict { peer_failed, peer_event });
                 }
+                self.requester.save();
                 seat.park();
                 return false;
             }
         }
+        self.requester.save();
         seat.leave();
         true
     }

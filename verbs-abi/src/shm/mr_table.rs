@@ -77,7 +77,7 @@ impl MrTable {
     }
 
     /// Copies the entry of `key` out, if the key is valid and no writer is at work on it.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub fn lookup(&self, key: u32) -> Option<MrEntry> {
         let at = index_of(key) as usize * BLOCK;
@@ -85,16 +85,17 @@ impl MrTable {
         if key == 0 || seq & 1 == 1 || self.0.u32(at + KEY).load(Ordering::Relaxed) != key {
             return None;
         }
-        let word = |i: usize| self.0.u64(at + 8 + i * 8).load(Ordering::Relaxed);
+        let words = self.0.block(at);
+        let word = |i: usize| words[i].load(Ordering::Relaxed);
         let entry = MrEntry {
             key,
-            pd: (word(0) >> 32) as u32,
-            access: word(0) as u32,
-            iova: word(1),
-            addr: word(2),
-            len: word(3),
-            shared_start: word(4),
-            shared_end: word(5),
+            pd: (word(1) >> 32) as u32,
+            access: word(1) as u32,
+            iova: word(2),
+            addr: word(3),
+            len: word(4),
+            shared_start: word(5),
+            shared_end: word(6),
         };
         fence(Ordering::Acquire);
         (self.0.u32(at + SEQ).load(Ordering::Relaxed) == seq).then_some(entry)

@@ -117,11 +117,9 @@ impl Window {
     #[inline]
     #[must_use]
     pub fn u32(&self, offset: usize) -> &AtomicU32 {
-        assert!(
-            offset + 4 <= self.len && offset.is_multiple_of(4),
-            "word {offset} outside a window of {}",
-            self.len
-        );
+        if offset + 4 > self.len || !offset.is_multiple_of(4) {
+            outside(offset, self.len);
+        }
         // SAFETY: in bounds and aligned (the base is aligned to at least 8); atomics tolerate any bit pattern
         // and concurrent writers; the window keeps the memory mapped for the returned lifetime.
         unsafe { &*self.base.as_ptr().add(offset).cast::<AtomicU32>() }
@@ -134,27 +132,40 @@ impl Window {
     #[inline]
     #[must_use]
     pub fn u64(&self, offset: usize) -> &AtomicU64 {
-        assert!(
-            offset + 8 <= self.len && offset.is_multiple_of(8),
-            "word {offset} outside a window of {}",
-            self.len
-        );
+        if offset + 8 > self.len || !offset.is_multiple_of(8) {
+            outside(offset, self.len);
+        }
         // SAFETY: as in `u32`.
         unsafe { &*self.base.as_ptr().add(offset).cast::<AtomicU64>() }
+    }
+
+    /// The block at `offset` as words: one look at the bounds for all eight.
+    ///
+    /// # Panics
+    /// As [`Self::u64`].
+    #[inline]
+    #[must_use]
+    pub fn block(&self, offset: usize) -> &[AtomicU64; BLOCK / 8] {
+        if offset + BLOCK > self.len || !offset.is_multiple_of(8) {
+            outside(offset, self.len);
+        }
+        // SAFETY: as in `u32`, for eight words in a row.
+        unsafe { &*self.base.as_ptr().add(offset).cast::<[AtomicU64; BLOCK / 8]>() }
     }
 
     /// Copies the block at `offset` out, word by word.
     #[inline]
     #[must_use]
     pub fn read_block(&self, offset: usize) -> [u64; BLOCK / 8] {
-        std::array::from_fn(|i| self.u64(offset + i * 8).load(Ordering::Relaxed))
+        let words = self.block(offset);
+        std::array::from_fn(|i| words[i].load(Ordering::Relaxed))
     }
 
     /// Writes the block at `offset`, word by word.
     #[inline]
     pub fn write_block(&self, offset: usize, block: &[u64; BLOCK / 8]) {
-        for (i, word) in block.iter().enumerate() {
-            self.u64(offset + i * 8).store(*word, Ordering::Relaxed);
+        for (to, word) in self.block(offset).iter().zip(block) {
+            to.store(*word, Ordering::Relaxed);
         }
     }
 
@@ -164,6 +175,12 @@ impl Window {
             self.u64(offset).store(0, Ordering::Relaxed);
         }
     }
+}
+
+#[cold]
+#[inline(never)]
+fn outside(offset: usize, len: usize) -> ! {
+    panic!("offset {offset} is not one of a window of {len}");
 }
 
 #[cfg(test)]

@@ -164,6 +164,7 @@ pub fn recv_blocks(num_sge: usize) -> usize {
     1 + num_sge.saturating_sub(3).div_ceil(4)
 }
 
+#[inline]
 fn body_blocks(num_sge: usize, inline: usize) -> usize {
     let inline = if inline > INLINE_IN_FIRST { inline.div_ceil(BLOCK) } else { 0 };
     num_sge.saturating_sub(1).div_ceil(4).max(inline)
@@ -216,6 +217,7 @@ impl SendWqe {
     }
 
     /// Adds an SGE. False: too many.
+    #[inline]
     pub fn push_sge(&mut self, sge: Sge) -> bool {
         let fits = (self.num_sge as usize) < MAX_SGE;
         if fits {
@@ -226,6 +228,7 @@ impl SendWqe {
     }
 
     /// Room for `len` inline bytes, or `None` when that is more than [`MAX_INLINE`]. Sets the flag.
+    #[inline]
     pub fn inline_mut(&mut self, len: usize) -> Option<&mut [u8]> {
         let room = self.inline.get_mut(..len)?;
         self.flags |= flag::INLINE;
@@ -234,6 +237,7 @@ impl SendWqe {
     }
 
     /// Makes an empty WQE of this value without touching its arrays.
+    #[inline]
     pub fn reset(&mut self) {
         self.flags = 0;
         self.num_sge = 0;
@@ -241,6 +245,7 @@ impl SendWqe {
     }
 
     /// Writes the blocks through `write` and returns how many there are.
+    #[inline]
     pub fn encode(&self, mut write: impl FnMut(u64, &[u64; 8])) -> u64 {
         let inline = self.inline();
         let has_address = self.flags & flag::ADDRESS != 0;
