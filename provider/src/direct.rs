@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, Verdict};
@@ -281,11 +282,16 @@ impl Seat {
         attempt
     }
 
-    /// Stops executing and keeps the seat.
+    /// Stops executing and keeps the seat, unless the router wants it. True: the router must be rung.
     #[inline]
-    pub(crate) fn leave(&mut self, qp: &Qp) {
+    pub(crate) fn leave(&mut self, qp: &Qp) -> bool {
+        if qp.area.header.seat_wanted().load(Ordering::Relaxed) != 0 {
+            self.park(qp);
+            return true;
+        }
         self.requester.save();
         qp.area.header.seat().leave();
+        false
     }
 
     /// Stops executing and hands the seat to the router, which must be rung.

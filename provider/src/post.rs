@@ -133,11 +133,11 @@ impl SendQueue {
             self.publish(qp);
         }
         match (self.turn, &mut self.seat) {
-            (Turn::Owner, Some(seat)) => seat.leave(qp),
+            (Turn::Owner, Some(seat)) => return seat.leave(qp),
             (Turn::Parked, Some(seat)) => seat.park(qp),
             _ => {}
         }
-        self.turn != Turn::Owner
+        true
     }
 
     /// Appends the WQE that was built.

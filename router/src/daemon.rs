@@ -394,7 +394,13 @@ impl Daemon {
     /// Looks at the replies that were put off.
     fn resume(&mut self) {
         for id in std::mem::take(&mut self.waiting) {
-            match self.sessions.get_mut(&id).and_then(Session::resume) {
+            let Some(mut session) = self.sessions.remove(&id) else { continue };
+            let at_work = |client: u32| {
+                client == id || self.sessions.get(&client).is_some_and(|other| other.peer().is_at_work())
+            };
+            let step = session.resume(at_work);
+            self.sessions.insert(id, session);
+            match step {
                 None => {}
                 Some(Step::Later) => self.waiting.push(id),
                 Some(step) => {

@@ -21,6 +21,9 @@ use crate::{addresses, descriptor};
 /// Socket option that gives a pidfd of the peer (Linux 6.5).
 const SO_PEERPIDFD: libc::c_int = 77;
 
+/// Threads of a process that are looked at.
+const MAX_THREADS: usize = 4096;
+
 /// The process at the other end.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -65,6 +68,18 @@ impl Peer {
                 ended => return ended != Ok(1),
             }
         }
+    }
+
+    /// Whether some thread of the process runs, waits for a processor or for a page: it makes progress, however
+    /// slowly. One that is stopped, frozen or asleep does not. False when it cannot be seen.
+    pub(crate) fn is_at_work(&self) -> bool {
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
+        threads.flatten().take(MAX_THREADS).any(|thread| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The name before it may hold anything.
+            let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+            matches!(state, Some('R' | 'D'))
+        })
     }
 
     /// The process's name; empty when it cannot be seen.
@@ -125,6 +140,24 @@ mod tests {
         assert!(peer.is_alive());
         assert!(!peer.command().is_empty());
         assert!(peer.memory(None).is_some());
+    }
+
+    #[test]
+    fn a_stopped_process_is_not_at_work() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let peer = Peer { pid: child.id(), uid: 0, pidfd: None };
+        let reaches = |expected: bool| {
+            (0..500).any(|_| {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                peer.is_at_work() == expected
+            })
+        };
+        assert!(reaches(true));
+        rustix::process::kill_process(Pid::from_child(&child), rustix::process::Signal::STOP).unwrap();
+        assert!(reaches(false));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!peer.is_at_work());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Only the owner or the router executes a QP's send queue. `held` says that the router's halves are current:
 //! it holds the seat and has resumed from the shared words.
 
+use std::sync::atomic::Ordering;
+
 use verbs_abi::{
     proto::{DirectPeer, Mode},
     verbs::{EventType, QpState, QpType},
@@ -78,9 +80,12 @@ impl<M: Memory> Fabric<M> {
         if qp.held {
             return true;
         }
-        if !qp.requester.area().header.seat().take() {
+        let header = &qp.requester.area().header;
+        if !header.seat().take() {
+            header.seat_wanted().store(1, Ordering::Relaxed);
             return false;
         }
+        header.seat_wanted().store(0, Ordering::Relaxed);
         qp.held = true;
         let sane = qp.requester.resume();
         let verdict = qp.requester.take_verdict();
@@ -149,6 +154,23 @@ impl<M: Memory> Fabric<M> {
             Some(at) => self.seize_receives(at),
             None => true,
         }
+    }
+
+    /// The clients whose threads execute on a client's QPs or memory at this moment, itself among them.
+    #[must_use]
+    pub fn executing_on(&self, client: u32) -> Vec<u32> {
+        let Some(at) = self.client_index.get(&client) else { return Vec::new() };
+        let own = self.clients[*at].iter().flat_map(|client| client.slots.iter().flatten().copied());
+        let all =
+            own.flat_map(|at| self.qps[at].iter().flat_map(|qp| qp.attached.iter().copied()).chain([at]));
+        let mut running: Vec<u32> = all
+            .filter_map(|at| self.qps[at].as_ref())
+            .filter(|qp| !qp.held && qp.requester.area().header.seat().is_running())
+            .filter_map(|qp| self.clients[qp.owner].as_ref().map(|owner| owner.id))
+            .collect();
+        running.sort_unstable();
+        running.dedup();
+        running
     }
 
     /// Whether nobody executes on a client's memory outside the router: no direct peer, and no thread of its own.

@@ -273,6 +273,11 @@ impl Client {
         Ok(handle)
     }
 
+    /// The clients that execute on its QPs or memory at this moment.
+    pub(super) fn held_up_by(&self) -> Vec<u32> {
+        self.lane.with(|fabric| fabric.executing_on(self.id))
+    }
+
     /// The router's number for it.
     pub(crate) fn id(&self) -> u32 {
         self.id

@@ -22,8 +22,10 @@ use crate::identity::Peer;
 
 pub(crate) use client::{Client, Hello, Terms, mode_name};
 
-/// How long the reply to a request may be put off because a direct peer is in the middle of something.
+/// How long the reply to a request is put off because a direct peer is in the middle of something, and stands still.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long at most, where that peer makes progress on a busy machine.
+const MOST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +75,7 @@ pub(crate) struct Session {
     peer: Peer,
     /// The device it opened.
     client: Option<Client>,
-    /// A request whose reply is put off, and until when.
+    /// A request whose reply is put off, and since when.
     pending: Option<(Request, Instant)>,
 }
 
@@ -141,18 +143,22 @@ impl Session {
         };
         let step = client.answer(&request, fds, &self.peer, false);
         if matches!(step, Step::Later) {
-            self.pending = Some((request, Instant::now() + PATIENCE));
+            self.pending = Some((request, Instant::now()));
         }
         Ok(step)
     }
 
-    /// Tries the request that was put off again; its time is bounded, whatever the other end does.
-    pub(crate) fn resume(&mut self) -> Option<Step> {
-        let (request, until) = self.pending.take()?;
+    /// Tries the request that was put off again; its time is bounded, whatever the other end does. `is_at_work` tells
+    /// of a client whether its process makes progress.
+    pub(crate) fn resume(&mut self, is_at_work: impl Fn(u32) -> bool) -> Option<Step> {
+        let (request, since) = self.pending.take()?;
         let client = self.client.as_mut()?;
-        let step = client.answer(&request, Vec::new(), &self.peer, Instant::now() >= until);
+        let waited = since.elapsed();
+        let last =
+            waited >= MOST_PATIENCE || waited >= PATIENCE && !client.held_up_by().into_iter().any(is_at_work);
+        let step = client.answer(&request, Vec::new(), &self.peer, last);
         if matches!(step, Step::Later) {
-            self.pending = Some((request, until));
+            self.pending = Some((request, since));
         }
         Some(step)
     }

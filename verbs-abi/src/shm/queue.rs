@@ -135,6 +135,13 @@ impl QpHeader {
         Seat::new(self.0.u32(128))
     }
 
+    /// Non-zero: the router wants the seat; an owner that leaves hands it over.
+    #[inline]
+    #[must_use]
+    pub fn seat_wanted(&self) -> &AtomicU32 {
+        self.0.u32(132)
+    }
+
     /// `enum ibv_qp_state`, for the owner's and a direct peer's eyes.
     #[inline]
     #[must_use]

@@ -72,6 +72,12 @@ impl<'a> Seat<'a> {
         }
     }
 
+    /// Router: whether the owner executes at this moment.
+    #[must_use]
+    pub fn is_running(self) -> bool {
+        self.0.load(Ordering::SeqCst) & HOLDER == RUNNING
+    }
+
     /// Router: takes the seat of an owner that is dead.
     pub fn take_from_dead(self) {
         self.0.store(self.0.load(Ordering::Relaxed) & !HOLDER | ROUTER, Ordering::SeqCst);

@@ -40,6 +40,46 @@ fn a_qp_that_was_reset_does_not_fail_for_what_was_before() {
 }
 
 #[test]
+fn an_owner_that_runs_is_named_and_asked_for_its_seat() {
+    let (mut fabric, a, b) = direct_pair();
+    assert!(a.area.header.seat().enter());
+    assert!(!fabric.seize(b.client, b.qpn));
+    assert_eq!(fabric.executing_on(b.client), [a.client]);
+    assert_ne!(a.area.header.seat_wanted().load(Ordering::Relaxed), 0);
+    a.area.header.seat().park();
+    assert!(fabric.seize(b.client, b.qpn));
+    assert_eq!(fabric.executing_on(b.client), [0; 0]);
+    turn(&mut fabric, 0);
+    assert!(a.area.header.seat().enter(), "given back, and wanted no more");
+    assert_eq!(a.area.header.seat_wanted().load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn the_router_goes_on_where_an_owner_stopped_in_the_middle_of_a_message() {
+    let (mut fabric, mut a, mut b) = direct_pair();
+    a.bytes().fill(7);
+    let mut wqe = send(Opcode::Write, a.sge(0, 1 << 16));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
+    let mut owner = Owner::new(&fabric, &a, &b);
+    a.post(&wqe);
+    assert!(a.area.header.seat().enter());
+    owner.requester.resume();
+    assert_eq!(owner.requester.fetch(), Fetch::Ready);
+    owner.peer.refresh();
+    let peer = Some((&mut owner.peer, &owner.other));
+    assert_eq!(owner.requester.attempt(&owner.own, peer, 0, &mut 5000), Attempt::Unfinished);
+    owner.requester.save();
+    a.area.header.seat().park();
+    // What was placed is not placed again.
+    b.bytes()[..5000].fill(9);
+    a.doorbells.ring(a.slot);
+    turn(&mut fabric, 0);
+    assert_eq!(status(a.sends.pop()), WcStatus::Success);
+    assert!(b.bytes()[..5000].iter().all(|byte| *byte == 9));
+    assert!(b.bytes()[5000..1 << 16].iter().all(|byte| *byte == 7));
+}
+
+#[test]
 fn receives_are_flushed_however_long_both_owners_go_on() {
     let (mut fabric, a, mut b) = direct_pair();
     b.post_recv(1, &[b.sge(0, 8)]);
