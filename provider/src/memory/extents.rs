@@ -20,6 +20,10 @@ pub(super) struct Extents {
 }
 
 impl Extents {
+    pub(super) const fn new() -> Extents {
+        Extents { by_start: BTreeMap::new() }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.by_start.is_empty()
     }

@@ -167,9 +167,8 @@ impl List {
     fn draw(world: &World) -> List {
         let nothing = List { entries: ptr::null_mut(), count: 0 };
         let here = generation();
-        let busy = world.holdings.values().filter(|holding| {
-            holding.generation == here && (holding.stranded || !holding.extents.is_empty())
-        });
+        let busy =
+            world.holdings.values().filter(|holding| holding.generation == here && !holding.is_empty());
         let regions: Vec<_> = busy.map(|holding| &holding.region).collect();
         if regions.is_empty() {
             return nothing;

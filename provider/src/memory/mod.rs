@@ -19,21 +19,25 @@
 //! - overlapping and repeated registrations share pages; the last deregistration makes them private again;
 //! - the books are never believed: what is mapped now is looked up at each registration and deregistration;
 //! - a child of `fork` gets private copies of moved pages and never writes into its parent's;
-//! - memory that was never touched costs nothing, before and after.
+//! - memory that was never touched costs nothing, before and after;
+//! - nothing that a thread, or the kernel for it, writes while pages change their place is lost.
 //!
-//! What is not: a thread that writes into a page *while* it is moved may lose that write, and `mlock`, NUMA and
-//! huge-page hints of moved pages are dropped.
+//! What is not: NUMA and huge-page hints of moved pages are dropped, and pages that the kernel has pinned (a transfer
+//! by O_DIRECT under way, io_uring's fixed buffers) are disconnected from it.
 //!
 //! All changes to the address space are raw system calls: programs such as UCX patch libc's `mmap` family and
 //! would otherwise see their own buffers come and go.
 
 mod extents;
 mod fork;
+mod holding;
 mod maps;
 mod mover;
 mod pagemap;
+mod peace;
 mod region;
 mod stack;
+mod stop;
 mod world;
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 
 use super::maps::Mapping;
 use super::pagemap::Pagemap;
@@ -19,10 +19,6 @@ use super::{overlap, page_size};
 
 /// Most bytes that exist twice while pages are moved.
 const CHUNK: usize = 2 << 20;
-
-/// Longest run of untouched pages that one system call makes private: the kernel refuses single mappings that
-/// are larger than its memory.
-const HOLE_CHUNK: usize = 1 << 30;
 
 /// Highest file offset, and so the end of the addresses that can be moved.
 pub(super) const REGION_LEN: usize = 1 << 47;
@@ -45,6 +41,16 @@ impl Piece {
             range: address..address + part.len(),
             offset: part.start,
             prot: mapping.prot,
+        })
+    }
+
+    /// The same in parts of at most `len` bytes. (The kernel refuses to map more than its memory in one call.)
+    pub(super) fn slices(&self, len: usize) -> impl Iterator<Item = Piece> + '_ {
+        let starts = (0..self.range.len()).step_by(len);
+        starts.map(move |at| {
+            let address = self.range.start + at;
+            let range = address..self.range.end.min(address + len);
+            Piece { range, offset: self.offset + at, prot: self.prot }
         })
     }
 
@@ -79,7 +85,8 @@ impl Region {
         mapping.shared && mapping.file == self.file
     }
 
-    /// Moves private pages into the file and maps them back. On an error, part of them may have been moved.
+    /// Moves private pages into the file and maps them back. On an error, part of them may have been moved. There
+    /// must be [`super::peace::Peace`].
     pub(super) fn move_in(
         &self,
         range: &Range<usize>,
@@ -104,15 +111,10 @@ impl Region {
         unsafe { rustix::mm::madvise(pointer(range.start), range.len(), Advice::LinuxDontFork) }
     }
 
-    /// Makes `piece` private anonymous memory again and empties its place in the file; returns how many separate
-    /// mappings that may have left. On an error the rest stays in the file, as it was.
-    ///
-    /// `alone` says that no other thread exists. Others must never see a page that is not yet filled, so for them
-    /// the pages are filled elsewhere and then put in place, which keeps the kernel from joining the mapping with
-    /// its neighbours.
-    pub(super) fn move_back(&self, piece: &Piece, alone: bool) -> Result<usize, Errno> {
+    /// Makes `piece` private anonymous memory again and empties its place in the file. On an error the rest stays in
+    /// the file, as it was. There must be [`super::peace::Peace`]: pages are mapped before they are filled.
+    pub(super) fn move_back(&self, piece: &Piece) -> Result<(), Errno> {
         let mut at = 0;
-        let mut separate = 0;
         while at < piece.range.len() {
             let left = piece.range.len() - at;
             let (address, offset) = (piece.range.start + at, piece.offset + at);
@@ -120,19 +122,16 @@ impl Region {
                 Some(data) => data.start - offset,
                 None => left,
             };
-            let step = if hole == left || hole >= CHUNK { hole.min(HOLE_CHUNK) } else { left.min(CHUNK) };
+            let step = if hole == left || hole >= CHUNK { hole } else { left.min(CHUNK) };
             if hole >= step {
                 map_private(address..address + step, piece.prot)?;
-            } else if alone {
-                self.refill_in_place(address..address + step, offset, piece.prot)?;
             } else {
-                self.refill_beside(address..address + step, offset, piece.prot)?;
-                separate += 1;
+                self.refill(address..address + step, offset, piece.prot)?;
             }
             self.punch(&(offset..offset + step))?;
             at += step;
         }
-        Ok(separate)
+        Ok(())
     }
 
     /// Empties a part of the file.
@@ -172,42 +171,11 @@ impl Region {
         mapped.map(|_| ())
     }
 
-    /// Without other threads: fresh private pages at once, then their content.
-    fn refill_in_place(&self, range: Range<usize>, offset: usize, prot: ProtFlags) -> Result<(), Errno> {
+    /// Fresh private pages, then their content.
+    fn refill(&self, range: Range<usize>, offset: usize, prot: ProtFlags) -> Result<(), Errno> {
         map_private(range.clone(), ProtFlags::READ | ProtFlags::WRITE)?;
         if let Err(error) = self.read_data(offset, &range).and_then(|()| protect(&range, prot)) {
             self.map(&range, offset, prot)?;
-            return Err(error);
-        }
-        Ok(())
-    }
-
-    /// With other threads: the pages are filled elsewhere and then put in place by one system call.
-    fn refill_beside(&self, range: Range<usize>, offset: usize, prot: ProtFlags) -> Result<(), Errno> {
-        let writable = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let scratch = unsafe {
-            rustix::mm::mmap_anonymous(std::ptr::null_mut(), range.len(), writable, MapFlags::PRIVATE)?
-        };
-        let scratch_range = scratch as usize..scratch as usize + range.len();
-        let filled = self
-            .read_data(offset, &scratch_range)
-            .and_then(|()| protect(&scratch_range, prot))
-            .and_then(|()| {
-                // SAFETY: `scratch` is ours alone and has the content of `range`, which it replaces.
-                unsafe {
-                    rustix::mm::mremap_fixed(
-                        scratch,
-                        range.len(),
-                        range.len(),
-                        MremapFlags::MAYMOVE,
-                        pointer(range.start),
-                    )
-                }
-            });
-        if let Err(error) = filled {
-            // SAFETY: the move failed, so the scratch mapping is still there and still ours alone.
-            unsafe { rustix::mm::munmap(scratch, range.len())? };
             return Err(error);
         }
         Ok(())

@@ -200,14 +200,14 @@ fn memory_is_private_again_after_the_last_deregistration() {
 }
 
 #[test]
-fn without_other_threads_the_mapping_joins_its_neighbours_again() {
+fn a_mapping_that_went_back_joins_its_neighbours_again() {
     let region = Region::new(region_file()).unwrap();
     let (memory, page) = (Memory::pages(1024), page_size());
     memory.fill(6);
     let inner = memory.start() + page..memory.0.end - page;
     region.move_in(&inner, RW, &super::pagemap::Pagemap::open()).unwrap();
     let piece = Piece { range: inner.clone(), offset: inner.start, prot: RW };
-    assert_eq!(region.move_back(&piece, true), Ok(0));
+    assert_eq!(region.move_back(&piece), Ok(()));
     assert!(all(&memory.0, 6));
     let mappings = super::maps::select(&memory.0, |_| true).unwrap();
     assert_eq!(mappings.len(), 1, "{mappings:?}");

@@ -8,33 +8,36 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 
 use super::extents::Extents;
+use super::holding::Holding;
 use super::maps;
-use super::region::Region;
-
-/// What is known of one mover.
-#[derive(Debug)]
-pub(super) struct Holding {
-    pub(super) region: Region,
-    pub(super) extents: Extents,
-    /// Some pages could not be made private again and are in the file without a holder.
-    pub(super) stranded: bool,
-    /// The [`super::fork::generation`] of the process that made it.
-    pub(super) generation: u64,
-}
+use super::peace::PeaceMaker;
 
 /// Everything that moves pages in this process.
 #[derive(Debug)]
 pub(super) struct World {
     pub(super) holdings: BTreeMap<u64, Holding>,
     pub(super) next_id: u64,
-    pub(super) budget: MappingBudget,
+    pub(super) books: Books,
     pub(super) fork_callbacks: Vec<fn()>,
+}
+
+/// What all movers have in common.
+#[derive(Debug)]
+pub(super) struct Books {
+    pub(super) budget: MappingBudget,
+    pub(super) peace: PeaceMaker,
+    /// Pages that a router reaches through `/proc/PID/mem`, by their registrations.
+    pub(super) staying: Extents,
 }
 
 static WORLD: Mutex<World> = Mutex::new(World {
     holdings: BTreeMap::new(),
     next_id: 0,
-    budget: MappingBudget { limit: None, counted: 0, added: 0, refused: 0 },
+    books: Books {
+        budget: MappingBudget { limit: None, counted: 0, added: 0, refused: 0 },
+        peace: PeaceMaker::new(),
+        staying: Extents::new(),
+    },
     fork_callbacks: Vec::new(),
 });
 
