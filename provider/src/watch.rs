@@ -4,7 +4,7 @@
 //! gone. A child of fork has no such thread and starts one of its own when it opens a device.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
@@ -17,6 +17,9 @@ use crate::memory;
 
 /// Room for the thread's few frames and its thread-local storage.
 const STACK: usize = 256 * 1024;
+
+/// Descriptors that are watched without the heap.
+const FEW: usize = 32;
 
 /// The watch of this process; null before the first device, and again in a child of fork.
 static WATCH: AtomicPtr<Watch> = AtomicPtr::new(ptr::null_mut());
@@ -150,14 +153,25 @@ impl Watch {
     }
 
     /// Sleeps until something happens to one of the sockets, or [`Self::wake`].
+    ///
+    /// A socket may be closed meanwhile, and its number be another's: then this returns too early, and `take_dead`
+    /// looks again under the lock.
     fn sleep(&self, sockets: &[RawFd]) {
-        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        // SAFETY: a socket may be closed meanwhile, and its number be another's: then `poll` returns too early, and
-        // `take_dead` looks again under the lock.
-        let sockets = sockets.iter().map(|&fd| unsafe { BorrowedFd::borrow_raw(fd) });
-        fds.extend(sockets.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::empty())));
-        if let Err(error) = poll(&mut fds, None)
-            && error != rustix::io::Errno::INTR
+        let entry = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
+        let own = entry(self.wake.as_raw_fd(), libc::POLLIN);
+        let mut few = [own; FEW];
+        let result = if sockets.len() < FEW {
+            few[1..].iter_mut().zip(sockets).for_each(|(place, &fd)| *place = entry(fd, 0));
+            // The kernel answers on this stack, so pages may be moved meanwhile as if this thread were not there.
+            let _rest = memory::rest();
+            wait(&mut few[..1 + sockets.len()])
+        } else {
+            let mut many = vec![own];
+            many.extend(sockets.iter().map(|&fd| entry(fd, 0)));
+            wait(&mut many)
+        };
+        if let Err(error) = result
+            && error.kind() != io::ErrorKind::Interrupted
         {
             log::say(Level::Warn, format_args!("cannot watch the router: {error}"));
             std::thread::sleep(std::time::Duration::from_secs(1));
@@ -177,6 +191,13 @@ impl Watch {
         });
         dead
     }
+}
+
+/// Waits for one of the events, however long.
+fn wait(fds: &mut [libc::pollfd]) -> io::Result<()> {
+    // SAFETY: that many live entries; a descriptor that is none is answered in its entry.
+    let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+    if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Whether the other end is gone. Called under the lock, so the socket is still the device's.

@@ -114,7 +114,8 @@ unsafe extern "C" fn after_in_parent() {
 
 unsafe extern "C" fn after_in_child() {
     // SAFETY: this thread is the image of the one that filled the cell, and the only one here.
-    let Some(held) = (unsafe { (*HELD.0.get()).take() }) else { return };
+    let Some(mut held) = (unsafe { (*HELD.0.get()).take() }) else { return };
+    held.world.books.peace.resting = 0;
     GENERATION.fetch_add(1, Ordering::Relaxed);
     held.list.copy_all();
     drop(held.pipe);

@@ -45,6 +45,7 @@ mod tests;
 
 pub use fork::on_fork_child;
 pub use mover::{Mover, RegisterError, Registration};
+pub(crate) use peace::rest;
 
 use std::ops::Range;
 use std::sync::OnceLock;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::stop::Stopped;
+use super::world;
 use crate::log::{self, Level};
 
 /// How long after a failure no thread is asked to stop: failing takes time.
@@ -21,10 +22,29 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct PeaceMaker {
     /// Threads that touch nothing but their own stack, and wait for the world's lock before they touch more.
     pub(super) resting: usize,
-    not_before: Option<Instant>,
+    pub(super) not_before: Option<Instant>,
     /// Why it failed, until that is said; it is said once.
     failure: Option<Errno>,
     said: bool,
+}
+
+/// Says that the calling thread touches nothing but its own stack until this is dropped, which waits for moves that
+/// are under way. Such a thread need not be stopped, and a program with no other is as good as single-threaded.
+#[derive(Debug)]
+pub(crate) struct Rest(());
+
+/// Begins a rest.
+pub(crate) fn rest() -> Rest {
+    world::lock().books.peace.resting += 1;
+    Rest(())
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        let mut world = world::lock();
+        // In a child of fork the count began anew.
+        world.books.peace.resting = world.books.peace.resting.saturating_sub(1);
+    }
 }
 
 /// Peace until this is dropped.

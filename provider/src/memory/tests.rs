@@ -11,7 +11,9 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 use super::region::{Piece, REGION_LEN, Region, pointer};
 use super::{Mover, RegisterError, page_size};
 
-mod forking;
+pub(super) mod forking;
+mod staying;
+mod writers;
 
 const RW: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -436,6 +438,13 @@ fn two_movers_do_not_disturb_each_other() {
 
 #[test]
 fn ten_thousand_small_registrations_live_at_once() {
+    assert!(forking::in_child(|| {
+        ten_thousand_small_registrations();
+        true
+    }));
+}
+
+fn ten_thousand_small_registrations() {
     let (sut, router) = mover();
     let page = page_size();
     super::maps::select(&(page..page + 1), |_| true).unwrap();
@@ -488,6 +497,13 @@ fn untouched_memory_costs_nothing() {
 /// No promise, a measurement: read it with `--nocapture`, in a release build, with nothing else running.
 #[test]
 fn registration_is_measured_against_a_first_touch() {
+    assert!(forking::in_child(|| {
+        measure_registration();
+        true
+    }));
+}
+
+fn measure_registration() {
     let (sut, _router) = mover();
     for len in [page_size(), 64 << 10, 1 << 20, 64 << 20] {
         let rounds = ((128 << 20) / len).clamp(2, 1000);

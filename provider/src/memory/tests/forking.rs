@@ -8,13 +8,14 @@ use super::*;
 use crate::memory::on_fork_child;
 use crate::memory::region::copy_data;
 
-/// Runs `work` in a forked child; its answer.
-fn in_child(work: impl FnOnce() -> bool) -> bool {
+/// Runs `work` in a forked child, which has no other threads; its answer, which is no where it panics.
+pub(in crate::memory) fn in_child(work: impl FnOnce() -> bool) -> bool {
     // SAFETY: the child runs only `work` and leaves by _exit.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);
     if pid == 0 {
-        let status = if work() { 0 } else { 1 };
+        let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        let status = if answer.unwrap_or(false) { 0 } else { 1 };
         // SAFETY: ends the child without running the test harness' own exit.
         unsafe { libc::_exit(status) };
     }

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::*;
+use crate::memory::tests::forking::in_child;
 use crate::memory::world;
 
 /// Runs `others` in threads while `work` runs; they end when the flag says so.
@@ -161,14 +162,21 @@ fn nothing_is_left_of_a_stop() {
         // SAFETY: no status is wanted, and nobody is waited for.
         unsafe { libc::syscall(libc::SYS_wait4, -1, ptr::null_mut::<c_int>(), libc::WNOHANG, 0) }
     };
-    beside(&[&|over: &AtomicBool| while !over.load(Ordering::Relaxed) {}], || {
-        let before = mappings();
-        for _ in 0..100 {
-            drop(peace());
-        }
-        assert!(mappings() < before + 50, "{before} mappings became {}", mappings());
-        assert!(children() <= 0, "a helper can be waited for");
-    });
+    beside(
+        &[&|over: &AtomicBool| {
+            while !over.load(Ordering::Relaxed) {
+                std::hint::spin_loop()
+            }
+        }],
+        || {
+            let before = mappings();
+            for _ in 0..100 {
+                drop(peace());
+            }
+            assert!(mappings() < before + 50, "{before} mappings became {}", mappings());
+            assert!(children() <= 0, "a helper can be waited for");
+        },
+    );
 }
 
 #[test]
@@ -182,6 +190,33 @@ fn numbers_of_threads_are_read_and_other_names_are_not() {
     use std::os::fd::AsFd;
     assert!(!is_dead(tasks.as_fd(), rustix::thread::gettid().as_raw_nonzero().get()));
     assert!(is_dead(tasks.as_fd(), c_int::MAX));
+}
+
+#[test]
+fn no_privilege_is_needed() {
+    // SAFETY: the child's user becomes nobody's, for whom it is made dumpable again, as any program of a user is.
+    let nobody = || unsafe {
+        libc::syscall(libc::SYS_setresgid, 65534, 65534, 65534) == 0
+            && libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) == 0
+            && libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) == 0
+    };
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIP no_privilege_is_needed: this user has none that could be dropped");
+    }
+    assert!(in_child(|| {
+        let mut made = nobody();
+        beside(
+            &[&|over: &AtomicBool| {
+                while !over.load(Ordering::Relaxed) {
+                    std::hint::spin_loop()
+                }
+            }],
+            || {
+                made &= world::lock().books.peace.make().is_ok();
+            },
+        );
+        made
+    }));
 }
 
 /// No promise, a measurement: read it with `--nocapture`, in a release build, with nothing else running.
