@@ -13,7 +13,7 @@ use super::{Mover, RegisterError, page_size};
 
 pub(super) mod forking;
 mod staying;
-mod writers;
+pub(super) mod writers;
 
 const RW: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 

@@ -10,6 +10,8 @@ use crate::memory::region::copy_data;
 
 /// Runs `work` in a forked child, which has no other threads; its answer, which is no where it panics.
 pub(in crate::memory) fn in_child(work: impl FnOnce() -> bool) -> bool {
+    // Without the handlers another test may hold the world's lock for ever, as the child sees it.
+    crate::memory::fork::install().unwrap();
     // SAFETY: the child runs only `work` and leaves by _exit.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::*;
 
 /// How long each of these tests lets writers and registrations race.
-const RACE: Duration = Duration::from_secs(3);
+const RACE: Duration = Duration::from_secs(2);
 
 fn word(address: usize) -> *mut u64 {
     pointer(address).cast()
@@ -45,7 +45,7 @@ fn register_for_a_while(sut: &Mover, memory: &Range<usize>) -> usize {
 }
 
 /// Ends a race however a test ends, so that its threads do.
-struct Ends<'a>(&'a AtomicBool);
+pub(in crate::memory) struct Ends<'a>(pub(in crate::memory) &'a AtomicBool);
 
 impl Drop for Ends<'_> {
     fn drop(&mut self) {
