@@ -118,7 +118,54 @@ pub(crate) unsafe fn atomic(to: *mut u8, operation: Atomic) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
+
+    fn words(len: usize) -> Vec<AtomicU64> {
+        (0..len).map(|_| AtomicU64::new(0)).collect()
+    }
+
+    /// Places `source` onto `target` whenever the watcher asks, until it has seen the last round.
+    fn watched(len: usize, rounds: u64, watcher: impl Fn(u64, &[AtomicU64])) {
+        let (source, target, asked) = (words(len), words(len), AtomicU64::new(0));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1..=rounds {
+                    source.iter().for_each(|word| word.store(round << 32 | round, Ordering::Relaxed));
+                    let (from, to) = (source.as_ptr().cast(), target.as_ptr().cast_mut().cast());
+                    // SAFETY: two vectors of that length, whose words may change at any time.
+                    unsafe { place(from, to, len * 8) };
+                    while asked.load(Ordering::Acquire) < round {
+                        thread::yield_now();
+                    }
+                }
+            });
+            for round in 1..=rounds {
+                watcher(round, &target);
+                asked.store(round, Ordering::Release);
+            }
+        });
+    }
+
+    #[test]
+    fn the_last_word_becomes_visible_after_all_the_rest() {
+        for len in [1, 2, 9, 512, 1000, 40_000] {
+            watched(len, 500, |round, target| {
+                let done = round << 32 | round;
+                let last = &target[len - 1];
+                while last.load(Ordering::Acquire) != done {
+                    let word = last.load(Ordering::Relaxed);
+                    assert_eq!(word >> 32, word & 0xffff_ffff, "an aligned word is one store");
+                    thread::yield_now();
+                }
+                assert!(
+                    target.iter().all(|word| word.load(Ordering::Relaxed) == done),
+                    "round {round} of {len}"
+                );
+            });
+        }
+    }
 
     #[test]
     fn every_length_and_alignment_is_placed_whole_and_nothing_beyond() {

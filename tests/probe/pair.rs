@@ -31,6 +31,9 @@ pub(crate) struct Setup {
     pub(crate) retry_cnt: u8,
     pub(crate) rnr_retry: u8,
     pub(crate) min_rnr_timer: u8,
+    /// READs and atomics outstanding, as requester and as responder.
+    pub(crate) initiator_depth: u8,
+    pub(crate) responder_depth: u8,
     pub(crate) gid_index: u8,
     pub(crate) cqe: u32,
 }
@@ -53,6 +56,8 @@ impl Setup {
             retry_cnt: 7,
             rnr_retry: 7,
             min_rnr_timer: 1,
+            initiator_depth: 4,
+            responder_depth: 4,
             gid_index: 0,
             cqe: 256,
         }
@@ -121,7 +126,7 @@ impl End {
             path_mtu: IBV_MTU_1024,
             dest_qp_num: peer.qpn,
             rq_psn: 77,
-            max_dest_rd_atomic: 4,
+            max_dest_rd_atomic: self.setup.responder_depth,
             min_rnr_timer: self.setup.min_rnr_timer,
             ..ibv_qp_attr::default()
         };
@@ -150,7 +155,7 @@ impl End {
             timeout: self.setup.timeout,
             retry_cnt: self.setup.retry_cnt,
             rnr_retry: self.setup.rnr_retry,
-            max_rd_atomic: 4,
+            max_rd_atomic: self.setup.initiator_depth,
             ..ibv_qp_attr::default()
         };
         let reliable = IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;

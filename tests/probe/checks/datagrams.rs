@@ -83,6 +83,19 @@ pub(crate) fn lost() -> Result<()> {
     b.recv_cq.stays_empty(QUIET)?;
     a.execute(&work)?;
     ensure!(b.received()?.wr_id == 2, "another receive was consumed");
+    // One that is longer than the receive is lost, and the receive stays.
+    b.qp.recv(3, &[b.sge(INBOX, GRH + 99)])?;
+    a.execute(&work)?;
+    b.recv_cq.stays_empty(QUIET)?;
+    let mut short = Send::new(IBV_WR_SEND).sge(a.sge(0, 99));
+    short.to = Some((&ah, number, QKEY));
+    a.execute(&short)?;
+    ensure!(b.received()?.wr_id == 3, "another receive was consumed");
+    // The high bit stands for the sender's own Q_Key.
+    b.qp.recv(4, &[b.sge(INBOX, 4096)])?;
+    short.to = Some((&ah, number, 1 << 31));
+    a.execute(&short)?;
+    ensure!(b.received()?.wr_id == 4, "another receive was consumed");
     // Nothing but SEND, and not more than an MTU.
     let mut work = Send::new(IBV_WR_RDMA_WRITE).sge(a.sge(0, 8)).remote(b.remote(0));
     work.to = None;

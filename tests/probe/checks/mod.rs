@@ -7,8 +7,10 @@ mod errors;
 mod limits;
 mod memory;
 mod opcodes;
+mod order;
 mod races;
 mod states;
+mod statuses;
 
 use std::fmt;
 
@@ -49,12 +51,14 @@ pub(crate) const CHECKS: &[Check] = &[
     ("an empty channel says EAGAIN where it may not block", completions::nonblocking_channel),
     ("destroying a CQ waits for its events to be acknowledged", completions::unacknowledged),
     ("datagrams carry a header and can be answered by it", datagrams::answered),
-    ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish or fail", datagrams::lost),
+    ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish", datagrams::lost),
     ("a QP walks the state table and nothing else", states::transitions),
     ("query_qp returns what was set", states::query),
     ("RESET empties a QP, which can be used anew", states::reset),
     ("ERR flushes in order what is posted before and after", states::flush),
     ("SQD holds sends back until RTS", states::drained),
+    ("SQ_DRAINED comes when what was begun has ended", states::drained_late),
+    ("the first request in RTR raises COMM_EST", states::established),
     ("requests sent before the peer's RTR succeed after it", states::early_requests),
     ("a full SQ and a full RQ say ENOMEM and name the work request", limits::full_queues),
     ("objects in use cannot be destroyed", limits::busy_objects),
@@ -67,6 +71,16 @@ pub(crate) const CHECKS: &[Check] = &[
     ("a receive posted late ends the RNR wait", errors::late_receive),
     ("RNR retries are counted", errors::rnr_exceeded),
     ("a peer that is gone is silence until the retries are used up", errors::silent_peer),
+    ("a fault of the requester ends its send queue, and the peer does not hear of it", statuses::local),
+    ("without initiator depth there are no READs and atomics", statuses::initiator_depth),
+    ("what a responder refuses ends both QPs, each with its own status", statuses::refused),
+    ("a bad receive ends its QP on every service", statuses::bad_receives),
+    ("UC loses what its responder refuses", statuses::lost_by_uc),
+    ("a QP hears nobody but its peer", statuses::strangers),
+    ("posts are refused in the wrong state, and of the wrong size", statuses::wrong_states),
+    ("the last word of a WRITE becomes visible last", order::last_word_last),
+    ("a WRITE of an aligned word is one store", order::one_store),
+    ("a message completes after the WRITEs before it are visible", order::messages_after_writes),
     ("a QP can be connected to itself and to one of the same device", opcodes::loopback),
     ("nothing is written after an MR's deregistration", races::deregistration_under_fire),
     ("nothing is written after a QP's end by ERR or RESET", races::error_state_under_fire),

@@ -171,6 +171,51 @@ pub(crate) fn drained() -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn drained_late() -> Result<()> {
+    let pair = Pair::of(IBV_QPT_RC)?;
+    let (a, b) = (&pair.a, &pair.b);
+    // Nobody receives it: it was begun and waits. What is posted behind it was not begun.
+    a.qp.send(&Send::new(IBV_WR_SEND).id(1).sge(a.sge(0, 8)))?;
+    a.send_cq.stays_empty(QUIET)?;
+    a.qp.send(&Send::new(IBV_WR_SEND).id(2).sge(a.sge(0, 8)))?;
+    let attr = ibv_qp_attr { qp_state: IBV_QPS_SQD, en_sqd_async_notify: 1, ..ibv_qp_attr::default() };
+    a.qp.modify(&attr, IBV_QP_STATE | IBV_QP_EN_SQD_ASYNC_NOTIFY)?;
+    ensure!(a.context.async_event(QUIET)?.is_none(), "drained while a message waits");
+    ensure!(a.qp.query()?.0.sq_draining == 1, "query_qp does not say that it drains");
+    b.qp.recv(1, &[b.sge(0, 8)])?;
+    b.qp.recv(2, &[b.sge(0, 8)])?;
+    let event = a.context.async_event(SOON)?.context("no event when the SQ was drained")?;
+    ensure!(event.kind == IBV_EVENT_SQ_DRAINED && event.element == a.qp.addr(), "{event:?}");
+    let wc = a.send_cq.next()?;
+    wc.expect(IBV_WC_SUCCESS)?;
+    ensure!(wc.wr_id == 1 && a.qp.query()?.0.sq_draining == 0, "{wc:?}");
+    a.send_cq.stays_empty(QUIET)?;
+    a.qp.set_state(IBV_QPS_RTS)?;
+    let wc = a.send_cq.next()?;
+    wc.expect(IBV_WC_SUCCESS)?;
+    ensure!(wc.wr_id == 2, "{wc:?}");
+    Ok(())
+}
+
+pub(crate) fn established() -> Result<()> {
+    for qp_type in [IBV_QPT_RC, IBV_QPT_UC] {
+        let pair = Pair::unconnected(&Setup::new(qp_type))?;
+        let (a, b) = (&pair.a, &pair.b);
+        b.to_init()?;
+        b.to_rtr(a.address()?)?;
+        a.connect(b.address()?)?;
+        ensure!(b.context.async_event(QUIET)?.is_none(), "an event without a request");
+        let write = Send::new(IBV_WR_RDMA_WRITE).sge(a.sge(0, 8)).remote(b.remote(0));
+        a.execute(&write)?;
+        let event = b.context.async_event(SOON)?.context("no event of the first request")?;
+        ensure!(event.kind == IBV_EVENT_COMM_EST && event.element == b.qp.addr(), "{event:?}");
+        (0..100).try_for_each(|_| a.execute(&write).map(drop))?;
+        ensure!(b.context.async_event(QUIET)?.is_none(), "it came twice");
+        ensure!(b.qp.state()? == IBV_QPS_RTR, "the QP is in {}", b.qp.state()?);
+    }
+    Ok(())
+}
+
 pub(crate) fn early_requests() -> Result<()> {
     let pair = Pair::unconnected(&Setup::new(IBV_QPT_RC))?;
     let (a, b) = (&pair.a, &pair.b);
