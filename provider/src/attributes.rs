@@ -42,7 +42,7 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     let limit = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
     attr.node_guid = u64::from_ne_bytes(welcome.guid);
     attr.sys_image_guid = attr.node_guid;
-    attr.max_mr_size = MAX_MR_SIZE;
+    attr.max_mr_size = welcome.limits.max_mr_size.min(MAX_MR_SIZE);
     attr.page_size_cap = PAGE_SIZE_CAP;
     attr.vendor_id = VENDOR;
     attr.vendor_part_id = PART;

@@ -3,7 +3,8 @@
 //! Read from `/proc/PID/net`: whoever may see the process may read them, no entering of namespaces is needed.
 
 use std::{
-    fs,
+    fs::File,
+    io::Read,
     net::{Ipv4Addr, Ipv6Addr},
 };
 
@@ -15,9 +16,18 @@ pub(crate) const MAX_GIDS: usize = 16;
 /// Flag of an IPv6 address that another host has already.
 const DUPLICATE: u32 = 0x08;
 
+/// How much of a table is read: whoever owns a namespace can make its tables as long as memory lasts.
+const MAX_TABLE: u64 = 2 << 20;
+
 /// The GIDs of the process `pid`. Never empty: index 0 is always valid, if only by loopback.
 pub(crate) fn of(pid: u32) -> Vec<Gid> {
-    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
+    let read = |name: &str| {
+        let mut text = String::new();
+        if let Ok(table) = File::open(format!("/proc/{pid}/net/{name}")) {
+            let _ = table.take(MAX_TABLE).read_to_string(&mut text);
+        }
+        text
+    };
     let (v4, v6) = if pid == 0 { <_>::default() } else { (read("fib_trie"), read("if_inet6")) };
     gids(&ipv4(&v4), &ipv6(&v6))
 }
@@ -65,6 +75,20 @@ fn ipv6(table: &str) -> Vec<Ipv6Addr> {
     found.sort();
     found.dedup();
     found
+}
+
+/// Whether an address means something on one link or one host only.
+pub(crate) fn is_local(gid: &Gid) -> bool {
+    let address = Ipv6Addr::from(*gid);
+    match address.to_ipv4_mapped() {
+        Some(address) => address.is_loopback() || address.is_link_local(),
+        None => address.is_loopback() || address.is_unicast_link_local(),
+    }
+}
+
+/// What stands in where a client has no address.
+pub(crate) fn loopback() -> Vec<Gid> {
+    gids(&[], &[])
 }
 
 /// A GID as people write it.

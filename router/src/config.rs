@@ -12,6 +12,16 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, de};
+use verbs_abi::shm::arena;
+
+mod prefix;
+mod tenant;
+
+pub use prefix::{Prefix, PrefixError};
+pub use tenant::{Mode, Overrides, Owner, Tenant};
+
+/// Tenants of one router: a lane sleeps on a word of each, and the kernel lets it sleep on 128.
+pub const MAX_TENANTS: usize = 127;
 
 /// How the daemon runs. `Config::default()` is what runs without a file.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -19,9 +29,10 @@ use serde::{Deserialize, Deserializer, de};
 pub struct Config {
     /// Control socket; where absent, the command line chooses (`/run/freeflow/router.sock` for root).
     pub socket: Option<PathBuf>,
-    /// Permission bits of the control socket, written as an octal string: `"0666"`.
-    #[serde(deserialize_with = "octal")]
-    pub socket_mode: u32,
+    /// Permission bits of the control socket, written as an octal string: `"0666"`. Where absent, everybody may
+    /// connect, or only the router's own user where there are tenants.
+    #[serde(deserialize_with = "some_octal")]
+    pub socket_mode: Option<u32>,
     /// Data-path threads; where absent, as many as suit the CPUs of this host.
     pub lanes: Option<usize>,
     /// Seconds without any client after which the daemon ends; where absent, never.
@@ -32,6 +43,10 @@ pub struct Config {
     pub direct: bool,
     /// Quotas of one client.
     pub limits: Limits,
+    /// Trust domains with sockets of their own. Where there are none, everybody on the control socket is of one
+    /// tenant, `default`; where there are some, the control socket is for the operator's questions alone.
+    #[serde(rename = "tenant")]
+    pub tenants: Vec<Tenant>,
 }
 
 /// Quotas: what one router serves, and what one client may take.
@@ -49,25 +64,42 @@ pub struct Limits {
     /// Registered memory of one client in bytes, each region at its full length. Written as a number or as `"64GiB"`.
     #[serde(deserialize_with = "bytes")]
     pub memory: u64,
+    /// Protection domains of one client.
+    pub pds: u32,
+    /// Completion channels of one client; each is a descriptor of the router.
+    pub channels: u32,
+    /// Shared memory of one client's QPs and CQs in bytes.
+    #[serde(deserialize_with = "bytes")]
+    pub queues: u64,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             socket: None,
-            socket_mode: 0o666,
+            socket_mode: None,
             lanes: None,
             idle_exit: None,
             log: None,
             direct: true,
             limits: Limits::default(),
+            tenants: Vec::new(),
         }
     }
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { clients: 4096, qps: 16_384, cqs: 16_384, mrs: 65_536, memory: 1 << 40 }
+        Self {
+            clients: 4096,
+            qps: 16_384,
+            cqs: 16_384,
+            mrs: 65_536,
+            memory: 1 << 40,
+            pds: 4096,
+            channels: 1024,
+            queues: arena::ARENA_LEN as u64,
+        }
     }
 }
 
@@ -126,21 +158,60 @@ impl Config {
         if self.lanes.is_some_and(|lanes| lanes == 0 || lanes > 64) {
             return Some(format!("lanes = {}; from 1 to 64 are possible", self.lanes.unwrap_or(0)));
         }
-        let limits = [
-            ("clients", u64::from(self.limits.clients)),
-            ("qps", u64::from(self.limits.qps)),
-            ("cqs", u64::from(self.limits.cqs)),
-            ("mrs", u64::from(self.limits.mrs)),
-            ("memory", self.limits.memory),
-        ];
-        let zero = limits.iter().find(|(_, value)| *value == 0);
-        zero.map(|(name, _)| format!("limits.{name} = 0 would serve nobody; write at least 1"))
+        self.limits.fault("limits").or_else(|| self.tenants_fault())
+    }
+
+    fn tenants_fault(&self) -> Option<String> {
+        if self.tenants.len() > MAX_TENANTS {
+            return Some(format!("{} tenants; at most {MAX_TENANTS} are possible", self.tenants.len()));
+        }
+        for (i, tenant) in self.tenants.iter().enumerate() {
+            let of = |what: &str| format!("tenant {}: {what}", tenant.name);
+            let quotas = |overrides: &Overrides, what| overrides.over(&self.limits).fault(&of(what));
+            let own = tenant.fault().or_else(|| quotas(&tenant.limits, "limits"));
+            let own = own.or_else(|| quotas(&tenant.total, "total"));
+            let same_socket = self.socket.as_ref() == Some(&tenant.socket);
+            let own = own.or_else(|| same_socket.then(|| of("socket is the router's own; give it another")));
+            let fault = own.or_else(|| self.tenants[..i].iter().find_map(|other| other.conflict(tenant)));
+            if fault.is_some() {
+                return fault;
+            }
+        }
+        None
+    }
+
+    /// Permission bits of the control socket.
+    #[must_use]
+    pub fn socket_mode(&self) -> u32 {
+        self.socket_mode.unwrap_or(if self.tenants.is_empty() { 0o666 } else { 0o600 })
     }
 
     /// How long the daemon stays without clients.
     pub fn idle_exit(&self) -> Option<Duration> {
         self.idle_exit.map(Duration::from_secs)
     }
+}
+
+impl Limits {
+    /// The first quota that is out of its range; `of` says whose it is.
+    fn fault(&self, of: &str) -> Option<String> {
+        let quotas = [
+            ("clients", u64::from(self.clients)),
+            ("qps", u64::from(self.qps)),
+            ("cqs", u64::from(self.cqs)),
+            ("mrs", u64::from(self.mrs)),
+            ("memory", self.memory),
+            ("pds", u64::from(self.pds)),
+            ("channels", u64::from(self.channels)),
+            ("queues", self.queues),
+        ];
+        let zero = quotas.iter().find(|(_, value)| *value == 0);
+        zero.map(|(name, _)| format!("{of}.{name} = 0 would serve nobody; write at least 1"))
+    }
+}
+
+fn some_octal<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    octal(deserializer).map(Some)
 }
 
 /// Permission bits, `"0660"`.
@@ -193,14 +264,78 @@ mod tests {
     fn every_word_is_understood() {
         let config = parse(
             "socket = '/run/x.sock'\nsocket_mode = '0660'\nlanes = 2\nidle_exit = 30\nlog = 'debug'\n\
-             direct = false\n[limits]\nclients = 1\nqps = 2\ncqs = 3\nmrs = 4\nmemory = '64GiB'",
+             direct = false\n[limits]\nclients = 1\nqps = 2\ncqs = 3\nmrs = 4\nmemory = '64GiB'\n\
+             pds = 5\nchannels = 6\nqueues = '7KiB'",
         )
         .unwrap();
         assert_eq!(config.socket.as_deref(), Some(Path::new("/run/x.sock")));
-        assert_eq!(config.socket_mode, 0o660);
+        assert_eq!(config.socket_mode(), 0o660);
         assert_eq!(config.idle_exit(), Some(Duration::from_secs(30)));
         assert!(!config.direct);
-        assert_eq!(config.limits, Limits { clients: 1, qps: 2, cqs: 3, mrs: 4, memory: 64 << 30 });
+        let memory = 64 << 30;
+        let limits =
+            Limits { clients: 1, qps: 2, cqs: 3, mrs: 4, memory, pds: 5, channels: 6, queues: 7 << 10 };
+        assert_eq!(config.limits, limits);
+    }
+
+    const BLUE: &str = "[[tenant]]\nname = 'blue'\nsocket = '/run/ff/blue/router.sock'\n";
+    const RED: &str = "[[tenant]]\nname = 'red'\nsocket = '/run/ff/red/router.sock'\n";
+
+    #[test]
+    fn a_tenant_has_defaults_and_quotas_that_it_does_not_name_are_the_routers() {
+        let config = parse(&format!("[limits]\nqps = 7\ncqs = 8\n{BLUE}[tenant.limits]\ncqs = 9\n")).unwrap();
+        let [blue] = &config.tenants[..] else { panic!("{config:?}") };
+        assert_eq!(
+            (blue.name.as_str(), blue.mode, blue.weight, blue.socket_mode),
+            ("blue", Mode::Direct, 1, 0o666)
+        );
+        let limits = blue.limits.over(&config.limits);
+        assert_eq!((limits.qps, limits.cqs, limits.mrs), (7, 9, Limits::default().mrs));
+        assert_eq!((config.socket_mode(), Config::default().socket_mode()), (0o600, 0o666));
+    }
+
+    #[test]
+    fn every_word_of_a_tenant_is_understood() {
+        let config = parse(&format!(
+            "{BLUE}socket_mode = '0660'\nsocket_owner = {{ uid = 1, gid = 2 }}\nprefixes = ['10.1.0.0/16']\n\
+             mode = 'isolated'\nweight = 4\n[tenant.total]\nmemory = '1GiB'\nclients = 3\n\
+             {RED}prefixes = ['10.2.0.0/16', 'fd00::/8']"
+        ))
+        .unwrap();
+        let [blue, red] = &config.tenants[..] else { panic!("{config:?}") };
+        assert_eq!((blue.socket_mode, blue.mode, blue.weight), (0o660, Mode::Isolated, 4));
+        assert_eq!(blue.socket_owner, Some(Owner { uid: 1, gid: 2 }));
+        assert_eq!((blue.total.memory, blue.total.clients, blue.total.qps), (Some(1 << 30), Some(3), None));
+        assert_eq!(
+            red.prefixes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.2.0.0/16", "fd00::/8"]
+        );
+    }
+
+    #[test]
+    fn tenants_that_cannot_be_are_refused_with_their_names() {
+        for (text, words) in [
+            (format!("{BLUE}prefix = []"), &["unknown field", "prefix"][..]),
+            (format!("{BLUE}prefixes = ['10.1.2.3/16']"), &["10.1.2.3/16", "10.1.0.0/16"]),
+            (format!("{BLUE}prefixes = ['10.1.0.0']"), &["10.1.0.0", "no prefix"]),
+            (format!("{BLUE}mode = 'both'"), &["both", "isolated"]),
+            (format!("{BLUE}weight = 0"), &["blue", "weight = 0"]),
+            (format!("{BLUE}{RED}prefixes = ['10.0.0.0/8']"), &["blue", "no prefixes"]),
+            (
+                format!("{BLUE}prefixes = ['10.0.0.0/8']\n{RED}prefixes = ['fd00::/8', '10.9.0.0/16']"),
+                &["10.0.0.0/8", "blue", "10.9.0.0/16", "red"],
+            ),
+            (format!("{BLUE}prefixes = ['::/0']\n{BLUE}prefixes = ['::/0']"), &["two tenants", "blue"]),
+            (format!("{BLUE}[tenant.limits]\nqps = 0"), &["blue", "limits.qps = 0"]),
+            (format!("{BLUE}[tenant.limits]\nqpz = 1"), &["qpz"]),
+            (format!("socket = '/run/ff/blue/router.sock'\n{BLUE}"), &["blue", "the router's own"]),
+            ("[[tenant]]\nname = 'blue'".to_owned(), &["socket"]),
+            ("[[tenant]]\nname = 'b lue'\nsocket = '/x'".to_owned(), &["b lue", "spaces"]),
+            ("[[tenant]]\nname = 'blue'\nsocket = 'x'".to_owned(), &["blue", "absolute"]),
+        ] {
+            let message = parse(&text).unwrap_err();
+            assert!(words.iter().all(|word| message.contains(word)), "{text}: {message}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The router: one thread that answers every client's requests, one lane that moves the data.
 //!
 //! ```text
-//!   listener, signals, sockets, pidfds --> epoll --> Daemon --> Session --> Client --+
+//!   listeners, signals, sockets, pidfds -> epoll --> Daemon --> Session --> Client --+
 //!                                                                                    |  lock
 //!   doorbells, timer ---------------------> epoll --> Lane ---------------------> Fabric
 //! ```
@@ -9,6 +9,8 @@
 //! A client ends when its process does or its connection closes, whichever is first.
 //! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
 
+mod doors;
+mod status;
 mod step;
 
 use std::{
@@ -23,35 +25,26 @@ use std::{
 use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},
     io::Errno,
-    net::{SocketFlags, accept_with},
-    process::{DumpableBehavior, geteuid, set_dumpable_behavior},
+    process::{DumpableBehavior, Resource, getrlimit, set_dumpable_behavior},
 };
 use verbs_abi::{
-    proto::{Answer, DirectPeer, Limits, Request},
-    shm::arena::{MAX_MR, MAX_QP},
+    proto::{Answer, DirectPeer, Request},
     verbs::{QpAttrMask, QpState},
 };
 
 use crate::{
+    account::Resource as Held,
     bell::Ringer,
     config::Config,
     error::DaemonError,
     guid,
     lane::Lane,
-    report, segment,
     session::{Hello, Parting, Session, Step, Terms},
     signals::Signals,
-    status::Status,
+    tenant::Tenant,
     throttle::Throttle,
 };
 
-/// PDs of one client.
-const MAX_PD: u32 = 4096;
-/// Entries of a CQ.
-const MAX_CQE: u32 = 1 << 20;
-/// Connections beyond twice the clients: those that ask for the status, or have not said what they want.
-/// (`freeflow run` keeps a silent one, so that this router stays while the program has opened no device yet.)
-const STRANGERS: usize = 256;
 /// How long no connection is taken when there are no descriptors left.
 const RESPITE: Duration = Duration::from_millis(100);
 /// How often a put-off reply is looked at.
@@ -59,12 +52,16 @@ const SOON: Duration = Duration::from_millis(1);
 /// Addresses older than this are read again when a connection is made.
 const ADDRESS_AGE: Duration = Duration::from_secs(1);
 
-const LISTENER: u64 = 0;
+/// Other clients of a tenant whose addresses are read again when one of them gets a UD QP ready.
+const REFRESHED: usize = 64;
+
 const SIGNALS: u64 = 1;
 const STOP: u64 = 2;
 const LANE_ENDED: u64 = 3;
 /// Tokens from here on are connections: socket `2 * id`, process `2 * id + 1`.
 const FIRST_SESSION: u32 = 2;
+/// Tokens from here on are listeners.
+const DOORS: u64 = 1 << 40;
 
 /// Why the daemon ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,17 +72,18 @@ pub enum End {
     Idle,
 }
 
-/// Serves `listener`, a non-blocking `SOCK_SEQPACKET` socket, until told to end or idle for too long.
+/// Serves `listener`, a non-blocking `SOCK_SEQPACKET` socket, and one of each tenant in the configuration's order,
+/// until told to end or idle for too long.
 ///
 /// The whole process is the router from here on: memory of clients passes through it, so it leaves no core
 /// dumps and cannot be traced by its user's other processes.
 ///
 /// # Errors
 /// [`DaemonError`]; clients cannot cause one.
-pub fn run(config: &Config, listener: OwnedFd) -> Result<End, DaemonError> {
+pub fn run(config: &Config, listener: OwnedFd, tenants: Vec<OwnedFd>) -> Result<End, DaemonError> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| DaemonError::SetUp { what: "privacy", source: error.into() })?;
-    Daemon::new(config, listener)?.run()
+    Daemon::with_tenants(config, listener, tenants)?.run()
 }
 
 /// Ends a daemon from another thread.
@@ -111,7 +109,8 @@ impl Drop for LaneEnded {
 /// The router.
 #[derive(Debug)]
 pub struct Daemon {
-    listener: OwnedFd,
+    /// Listeners, and whose they are.
+    doors: Vec<(OwnedFd, Arc<Tenant>)>,
     epoll: OwnedFd,
     stop: OwnedFd,
     lane_ended: OwnedFd,
@@ -122,12 +121,13 @@ pub struct Daemon {
     max_clients: usize,
     /// Connections with a reply that was put off.
     waiting: Vec<u32>,
+    /// Connections that have asked for the status too often.
+    asking: Vec<u32>,
     /// No connection is taken before this.
     respite: Option<Instant>,
     idle_exit: Option<Duration>,
     idle_since: Instant,
     started: Instant,
-    socket: String,
 }
 
 impl Daemon {
@@ -136,34 +136,52 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError::SetUp`].
     pub fn new(config: &Config, listener: OwnedFd) -> Result<Self, DaemonError> {
+        Self::with_tenants(config, listener, Vec::new())
+    }
+
+    /// The same with a listener for each tenant of the configuration, in its order; `listener` is the operator's.
+    ///
+    /// # Errors
+    /// [`DaemonError::SetUp`].
+    pub fn with_tenants(
+        config: &Config,
+        listener: OwnedFd,
+        tenants: Vec<OwnedFd>,
+    ) -> Result<Self, DaemonError> {
         let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(io::Error::from);
-        let lane = Lane::new().map_err(set_up("the data path"))?;
+        let known = Tenant::all(config, descriptors());
+        let lane = Lane::new(known.len()).map_err(set_up("the data path"))?;
+        // Without tenants, the one there is has the control socket.
+        let operator = (!config.tenants.is_empty()).then(|| Tenant::operator(config));
+        let listeners = std::iter::once(listener).chain(tenants);
+        let doors: Vec<_> = listeners.zip(operator.into_iter().chain(known)).collect();
         let make =
             || -> io::Result<_> { Ok((epoll::create(epoll::CreateFlags::CLOEXEC)?, event()?, event()?)) };
         let (epoll, stop, lane_ended) = make().map_err(set_up("event handling"))?;
         let watch = |file: &OwnedFd, token| watch(&epoll, file, token, epoll::EventFlags::IN);
-        watch(&listener, LISTENER)
+        let doors_watched = (DOORS..).zip(&doors).try_for_each(|(token, door)| watch(&door.0, token));
+        doors_watched
             .and_then(|()| watch(&stop, STOP))
             .and_then(|()| watch(&lane_ended, LANE_ENDED))
             .map_err(set_up("event handling"))?;
         let now = Instant::now();
         Ok(Self {
-            listener,
+            doors,
             epoll,
             stop,
             lane_ended,
-            terms: terms(config, lane),
+            terms: terms(lane),
             sessions: BTreeMap::new(),
             next_session: FIRST_SESSION,
             clients: 0,
             max_clients: config.limits.clients as usize,
             waiting: Vec::new(),
+            asking: Vec::new(),
             respite: None,
             idle_exit: config.idle_exit(),
             idle_since: now,
             started: now,
-            socket: config.socket.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
         })
     }
 
@@ -211,13 +229,13 @@ impl Daemon {
             };
             for event in &events[..count] {
                 match event.data.u64() {
-                    LISTENER => self.accept(),
                     SIGNALS => {
                         signals.take();
                         return Ok(End::Told);
                     }
                     STOP => return Ok(End::Told),
                     LANE_ENDED => return Err(DaemonError::LaneEnded),
+                    door @ DOORS.. => self.accept((door - DOORS) as usize),
                     token => self.attend(token, event.flags),
                 }
             }
@@ -233,7 +251,7 @@ impl Daemon {
     fn timeout(&self) -> Option<Timespec> {
         let now = Instant::now();
         let until = |moment: Instant| moment.saturating_duration_since(now);
-        let waiting = (!self.waiting.is_empty()).then_some(SOON);
+        let waiting = (!self.waiting.is_empty() || !self.asking.is_empty()).then_some(SOON);
         let earliest = [waiting, self.respite.map(until), self.idle_left()].into_iter().flatten().min()?;
         // Rounded up to what epoll can wait, lest it be asked again and again for the last microseconds.
         let earliest = earliest + Duration::from_millis(1);
@@ -244,48 +262,6 @@ impl Daemon {
     fn idle_left(&self) -> Option<Duration> {
         let limit = self.idle_exit.filter(|_| self.sessions.is_empty())?;
         Some(limit.saturating_sub(self.idle_since.elapsed()))
-    }
-
-    fn accept(&mut self) {
-        match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(socket) => {
-                if let Err(error) = self.admit(socket) {
-                    complain("a connection was refused", 0, &error);
-                }
-            }
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
-            Err(error) => {
-                complain("no connection can be taken for a moment; raise the limit of open files", 0, &error);
-                self.respite = Some(Instant::now() + RESPITE);
-                self.listen(false);
-            }
-        }
-    }
-
-    fn admit(&mut self, socket: OwnedFd) -> io::Result<()> {
-        if self.sessions.len() >= self.max_clients.saturating_mul(2).saturating_add(STRANGERS) {
-            return Err(io::Error::other("too many connections; raise limits.clients"));
-        }
-        let session = Session::new(socket)?;
-        let id = self.next_session;
-        self.next_session =
-            id.checked_add(1).ok_or_else(|| io::Error::other("out of numbers; restart the router"))?;
-        let token = u64::from(id) * 2;
-        watch(&self.epoll, &session, token, epoll::EventFlags::IN | epoll::EventFlags::RDHUP)?;
-        if let Some(process) = session.peer().pidfd() {
-            watch(&self.epoll, process, token + 1, epoll::EventFlags::IN)?;
-        }
-        self.sessions.insert(id, session);
-        Ok(())
-    }
-
-    /// Whether new connections are taken.
-    fn listen(&self, on: bool) {
-        let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-        let data = epoll::EventData::new_u64(LISTENER);
-        if let Err(error) = epoll::modify(&self.epoll, &self.listener, data, flags) {
-            tracing::error!(%error, "cannot change what is waited for");
-        }
     }
 
     /// Something happened at a connection or to its process.
@@ -324,8 +300,8 @@ impl Daemon {
             Request::Status => self.tell(id),
             Request::Hello { version, mode } => self.open(id, Hello { id, version, mode, fds }),
             request => {
-                if connects(&request) {
-                    self.refresh_gids();
+                if let Some(peer_qpn) = connects(&request) {
+                    self.refresh_gids(id, peer_qpn);
                 }
                 let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
                 let step = session.handle(request, fds)?;
@@ -337,18 +313,22 @@ impl Daemon {
     fn open(&mut self, id: u32, hello: Hello) -> Result<(), Parting> {
         let full = self.clients >= self.max_clients;
         let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
-        if full {
-            complain(
-                "a device was not opened",
-                session.peer().pid,
-                &"too many clients; raise limits.clients",
-            );
-            return session.send(&Err(Errno::USERS.raw_os_error()), &[]);
+        let refusal = match session.tenant().opens_devices {
+            false => {
+                Some((Errno::ACCESS, "this socket is the operator's; tenants have sockets of their own"))
+            }
+            true if full => Some((Errno::USERS, "too many clients; raise limits.clients")),
+            true => None,
+        };
+        if let Some((errno, why)) = refusal {
+            session.tenant().complain("a device was not opened", session.peer().pid, &why);
+            return session.send(&Err(errno.raw_os_error()), &[]);
         }
         let outcome = session.hello(&self.terms, hello);
         if let Some(client) = session.client() {
             self.clients += 1;
             tracing::debug!(
+                tenant = session.tenant().name,
                 client = client.id(),
                 pid = session.peer().pid,
                 uid = session.peer().uid,
@@ -393,6 +373,12 @@ impl Daemon {
 
     /// Looks at the replies that were put off.
     fn resume(&mut self) {
+        for id in std::mem::take(&mut self.asking) {
+            self.listen_to(id, true);
+            if let Err(parting) = self.tell(id) {
+                self.part(id, &parting);
+            }
+        }
         for id in std::mem::take(&mut self.waiting) {
             let Some(mut session) = self.sessions.remove(&id) else { continue };
             let at_work = |client: u32| {
@@ -413,22 +399,14 @@ impl Daemon {
         }
     }
 
-    /// Takes connections again when some descriptors may be free.
-    fn recover(&mut self) {
-        let now = Instant::now();
-        if self.respite.is_some_and(|until| until <= now) {
-            self.respite = None;
-            self.listen(true);
-        }
-    }
-
     /// Ends a connection and the device it opened.
     fn part(&mut self, id: u32, parting: &Parting) {
         let Some(session) = self.sessions.remove(&id) else { return };
         let pid = session.peer().pid;
         self.idle_since = Instant::now();
+        session.tenant().total.lock().give(Held::Connections, 1);
         if parting.is_fault() {
-            complain("a client was dropped", pid, parting);
+            session.tenant().complain("a client was dropped", pid, parting);
         }
         if let Some(client) = session.client() {
             self.clients -= 1;
@@ -441,63 +419,55 @@ impl Daemon {
         }
     }
 
-    /// Reads the addresses of clients again that were not read for a while.
-    fn refresh_gids(&mut self) {
-        self.sessions.values_mut().for_each(|session| session.refresh_gids(ADDRESS_AGE));
-    }
-
-    /// Answers [`Request::Status`]. Root and this router's own user see everybody, others their own clients.
-    fn tell(&self, id: u32) -> Result<(), Parting> {
-        let Some(session) = self.sessions.get(&id) else { return Ok(()) };
-        let asker = session.peer().uid;
-        let trusted = asker == 0 || asker == geteuid().as_raw();
-        let mut status = Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: std::process::id(),
-            uptime_seconds: self.started.elapsed().as_secs(),
-            socket: self.socket.clone(),
-            ..Status::default()
-        };
-        let snapshot = self.terms.lane.with(|fabric| fabric.snapshot());
-        let sleeps = self.terms.lane.sleeps();
-        report::fill(&mut status, self.sessions.values(), &snapshot, sleeps, |uid| trusted || uid == asker);
-        let text = serde_json::to_vec(&status).unwrap_or_default();
-        match segment::holding(c"freeflow-status", &text) {
-            Ok(file) => session.send(&Ok(Answer::Done), &[file.as_fd()]),
-            Err(error) => {
-                session.send(&Err(error.raw_os_error().unwrap_or(Errno::NOMEM.raw_os_error())), &[])
+    /// Reads the addresses of a client and of its new peer again that were not read for a while. Where there is no
+    /// peer, a datagram may go to anybody of the tenant: some of those are read whose turn it is.
+    fn refresh_gids(&mut self, id: u32, peer_qpn: u32) {
+        let Some(tenant) = self.sessions.get(&id).map(|session| session.tenant().index) else { return };
+        let peer = self.terms.lane.with(|fabric| fabric.owner_of(peer_qpn));
+        let of_tenant = |session: &&mut Session| session.tenant().index == tenant;
+        if peer_qpn == 0 {
+            let sessions = self.sessions.values_mut().filter(of_tenant);
+            let stale = sessions.filter(|session| session.gids_age() >= ADDRESS_AGE);
+            stale.take(REFRESHED).for_each(|session| session.refresh_gids(ADDRESS_AGE));
+        }
+        for id in [Some(id), peer].into_iter().flatten() {
+            if let Some(session) = self.sessions.get_mut(&id).filter(|session| of_tenant(session)) {
+                session.refresh_gids(ADDRESS_AGE);
             }
         }
     }
 }
 
-/// Whether a request makes a connection, for which the addresses of both ends must be those of now.
-fn connects(request: &Request) -> bool {
-    matches!(request, Request::ModifyQp { mask, attr, .. }
-        if mask & QpAttrMask::STATE.bits() != 0 && attr.qp_state == QpState::Rtr.value())
+/// The QP's new peer, if a request makes a connection: the addresses of both ends must be those of now.
+fn connects(request: &Request) -> Option<u32> {
+    match request {
+        Request::ModifyQp { mask, attr, .. }
+            if mask & QpAttrMask::STATE.bits() != 0 && attr.qp_state == QpState::Rtr.value() =>
+        {
+            Some(if mask & QpAttrMask::DEST_QPN.bits() == 0 { 0 } else { attr.dest_qp_num })
+        }
+        _ => None,
+    }
 }
 
 fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags) -> io::Result<()> {
     Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
 }
 
-fn terms(config: &Config, lane: Arc<Lane>) -> Terms {
+fn terms(lane: Arc<Lane>) -> Terms {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Terms {
         lane,
         ringer: Ringer::new(),
-        limits: Limits {
-            max_qp: config.limits.qps.min(MAX_QP),
-            max_cq: config.limits.cqs,
-            max_mr: config.limits.mrs.min(MAX_MR - 1),
-            max_pd: MAX_PD,
-            max_cqe: MAX_CQE,
-        },
-        memory: config.limits.memory,
-        direct: config.direct,
+        claims: Arc::default(),
         guid: guid::of_this_host(),
         cores: u32::try_from(cores).unwrap_or(u32::MAX),
     }
+}
+
+/// What this process may open, as far as is known.
+fn descriptors() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// A line that a client can cause.

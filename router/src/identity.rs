@@ -24,6 +24,23 @@ const SO_PEERPIDFD: libc::c_int = 77;
 /// Threads of a process that are looked at.
 const MAX_THREADS: usize = 4096;
 
+/// A network namespace, as one client's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Namespace {
+    /// By the file that stands for it.
+    Known {
+        /// Device of that file.
+        device: u64,
+        /// Its number there.
+        inode: u64,
+    },
+    /// It cannot be seen from here, so it counts as the client's own.
+    Unknown {
+        /// The client.
+        client: u32,
+    },
+}
+
 /// The process at the other end.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -107,9 +124,19 @@ impl Peer {
         (owner == self.uid && self.is_alive()).then_some(file)
     }
 
-    /// Its addresses now.
-    pub(crate) fn gids(&self) -> Vec<Gid> {
-        addresses::of(self.pid)
+    /// Its addresses now, and the network namespace whose they are. None where it changes its namespace at this
+    /// moment, or has ended.
+    pub(crate) fn gids(&self, client: u32) -> Option<(Vec<Gid>, Namespace)> {
+        let before = self.namespace(client);
+        let gids = addresses::of(self.pid);
+        (before == self.namespace(client) && self.is_alive()).then_some((gids, before))
+    }
+
+    fn namespace(&self, client: u32) -> Namespace {
+        match fs::metadata(format!("/proc/{}/ns/net", self.pid)) {
+            Ok(file) if self.pid != 0 => Namespace::Known { device: file.dev(), inode: file.ino() },
+            _ => Namespace::Unknown { client },
+        }
     }
 }
 
@@ -140,6 +167,9 @@ mod tests {
         assert!(peer.is_alive());
         assert!(!peer.command().is_empty());
         assert!(peer.memory(None).is_some());
+        let (gids, namespace) = peer.gids(1).unwrap();
+        assert!(!gids.is_empty() && matches!(namespace, Namespace::Known { .. }));
+        assert_eq!(peer.gids(2).unwrap().1, namespace);
     }
 
     #[test]
@@ -168,6 +198,7 @@ mod tests {
         let peer = Peer { pid: child.id(), uid: 0, pidfd: Some(pidfd) };
         child.wait().unwrap();
         assert!(!peer.is_alive());
+        assert!(peer.gids(1).is_none());
         assert!(peer.memory(None).is_none());
     }
 }

@@ -22,7 +22,7 @@ use std::{
 use engine::Fabric;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
-use verbs_abi::shm::lane::{LanePage, WakeWord};
+use verbs_abi::shm::lane::{self, LanePage, WakeWord};
 
 use crate::{memory::ClientMemory, segment};
 
@@ -48,24 +48,32 @@ pub(crate) struct Lane {
     waiters: AtomicUsize,
     page: LanePage,
     page_file: OwnedFd,
-    word: WakeWord,
-    word_file: OwnedFd,
+    /// The router's own, where there are several tenants: none of them can hide it.
+    own_word: Option<WakeWord>,
+    /// One a tenant, and the file by which its clients wake this lane.
+    words: Vec<(WakeWord, OwnedFd)>,
     stopping: AtomicBool,
     sleeps: AtomicU64,
 }
 
 impl Lane {
-    /// A lane that does not run yet.
-    pub(crate) fn new() -> io::Result<Arc<Self>> {
+    /// A lane for so many tenants that does not run yet.
+    pub(crate) fn new(tenants: usize) -> io::Result<Arc<Self>> {
         let (page, page_file) = segment::lane_page()?;
-        let (word, word_file) = segment::wake_page()?;
+        let words = (0..tenants.max(1)).map(|_| segment::wake_page()).collect::<io::Result<Vec<_>>>()?;
+        let own_word = if tenants > 1 { Some(segment::wake_page()?.0) } else { None };
+        if let Some(own) = &own_word {
+            let unlike = own.seen().wrapping_add(1);
+            lane::sleep_on_any([(own, unlike)].into_iter(), None)
+                .map_err(|_| io::Error::other("several tenants need Linux 5.16 or newer (futex_waitv)"))?;
+        }
         let lane = Self {
             fabric: Mutex::new(Fabric::new()),
             waiters: AtomicUsize::new(0),
             page,
             page_file,
-            word,
-            word_file,
+            own_word,
+            words,
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
         };
@@ -84,7 +92,17 @@ impl Lane {
     /// Ends the thread soon.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        self.word.wake();
+        self.wake();
+    }
+
+    fn wake(&self) {
+        self.own_word.as_ref().unwrap_or(&self.words[0].0).wake();
+    }
+
+    /// All words, and what they say now.
+    fn look_at_words(&self, seen: &mut Vec<u32>) {
+        seen.clear();
+        seen.extend(self.own_word.iter().chain(self.words.iter().map(|(word, _)| word)).map(WakeWord::seen));
     }
 
     /// Does something to the fabric between two turns, and lets the lane see what follows from it.
@@ -96,7 +114,7 @@ impl Lane {
         drop(fabric);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
         if self.page.is_asleep() {
-            self.word.wake();
+            self.wake();
         }
         result
     }
@@ -106,9 +124,9 @@ impl Lane {
         self.page_file.as_fd()
     }
 
-    /// The wake page for clients.
-    pub(crate) fn wake_file(&self) -> BorrowedFd<'_> {
-        self.word_file.as_fd()
+    /// The wake page for the clients of a tenant.
+    pub(crate) fn wake_file(&self, tenant: u32) -> BorrowedFd<'_> {
+        self.words[tenant as usize].1.as_fd()
     }
 
     /// Times the lane went to sleep.
@@ -120,6 +138,7 @@ impl Lane {
         raise_priority();
         let crowded = thread::available_parallelism().map_or(1, usize::from) < CORES_TO_SPIN;
         let (mut busy_looks, mut idle_since) = (0_u32, None);
+        let mut seen = Vec::new();
         while !self.stopping.load(Ordering::SeqCst) {
             let look = self.look();
             if look.worked {
@@ -135,14 +154,14 @@ impl Lane {
                 std::hint::spin_loop();
                 continue;
             }
-            self.doze();
+            self.doze(&mut seen);
             (busy_looks, idle_since) = (0, None);
         }
     }
 
     /// Says that the lane sleeps, looks once more, and sleeps if there is still nothing.
-    fn doze(&self) {
-        let seen = self.word.seen();
+    fn doze(&self, seen: &mut Vec<u32>) {
+        self.look_at_words(seen);
         self.page.set_asleep(true);
         let look = self.look();
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
@@ -175,13 +194,19 @@ impl Lane {
         look
     }
 
-    /// Waits until the wake word is no longer what was seen, or `timer` is due.
-    fn sleep(&self, seen: u32, timer: Option<u64>) {
+    /// Waits until a wake word is no longer what was seen, or `timer` is due.
+    fn sleep(&self, seen: &[u32], timer: Option<u64>) {
         let timeout = timer.map(|timer| Duration::from_nanos(timer.saturating_sub(now())));
-        if timeout != Some(Duration::ZERO) {
-            self.sleeps.fetch_add(1, Ordering::Relaxed);
-            self.word.sleep(seen, timeout);
+        if timeout == Some(Duration::ZERO) {
+            return;
         }
+        self.sleeps.fetch_add(1, Ordering::Relaxed);
+        if self.own_word.is_none() {
+            return self.words[0].0.sleep(seen[0], timeout);
+        }
+        let words = self.own_word.iter().chain(self.words.iter().map(|(word, _)| word));
+        // That the kernel can do it was seen at the start.
+        let _ = lane::sleep_on_any(words.zip(seen.iter().copied()), timeout);
     }
 }
 
@@ -260,17 +285,25 @@ mod tests {
 
     #[test]
     fn a_lane_with_nothing_to_do_sleeps_until_something_happens_and_ends_when_told() {
-        let lane = Lane::new().unwrap();
+        for tenants in [1, 3, 127] {
+            sleeps_and_ends(tenants);
+        }
+    }
+
+    fn sleeps_and_ends(tenants: u32) {
+        let lane = Lane::new(tenants as usize).unwrap();
         let (sender, ended) = std::sync::mpsc::channel();
         let thread = lane.start(Ended(sender)).unwrap();
         slept(&lane, 1);
         assert!(lane.page.is_asleep());
-        let file = lane.wake_file().try_clone_to_owned().unwrap();
-        let client = WakeWord::new(Window::map(&file, 0, PAGE, true).unwrap());
-        for _ in 0..20 {
-            let before = lane.sleeps();
-            client.wake();
-            slept(&lane, before + 1);
+        for tenant in [0, tenants - 1] {
+            let file = lane.wake_file(tenant).try_clone_to_owned().unwrap();
+            let client = WakeWord::new(Window::map(&file, 0, PAGE, true).unwrap());
+            for _ in 0..20 {
+                let before = lane.sleeps();
+                client.wake();
+                slept(&lane, before + 1);
+            }
         }
         let before = lane.sleeps();
         lane.with(|_| ());
@@ -283,13 +316,16 @@ mod tests {
 
     #[test]
     fn the_timer_wakes() {
-        let lane = Lane::new().unwrap();
-        let start = now();
-        while now() < start + 20_000_000 {
-            lane.sleep(lane.word.seen(), Some(start + 20_000_000));
+        for tenants in [1, 2] {
+            let lane = Lane::new(tenants).unwrap();
+            let (start, mut seen) = (now(), Vec::new());
+            while now() < start + 20_000_000 {
+                lane.look_at_words(&mut seen);
+                lane.sleep(&seen, Some(start + 20_000_000));
+            }
+            let slept = lane.sleeps();
+            lane.sleep(&seen, Some(start));
+            assert_eq!(lane.sleeps(), slept, "a moment that has passed needs no sleep");
         }
-        let slept = lane.sleeps();
-        lane.sleep(lane.word.seen(), Some(start));
-        assert_eq!(lane.sleeps(), slept, "a moment that has passed needs no sleep");
     }
 }

@@ -3,13 +3,16 @@
 //! ```text
 //! daemon     accepts, waits, ends          session   one connection: order of requests, then their meaning
 //! lane       the data path's thread        identity  who a client is        addresses  its GIDs
+//! tenant, account, claims                   trust domains, quotas, addresses
 //! arena, region, memory                    what a client shares, and how the engine reaches it
 //! bell       rings clients                 client    asks a running router (command line)
 //! ```
 
+mod account;
 mod addresses;
 mod arena;
 mod bell;
+mod claims;
 pub mod client;
 pub mod config;
 pub mod daemon;
@@ -26,4 +29,5 @@ mod segment;
 mod session;
 mod signals;
 pub mod status;
+mod tenant;
 mod throttle;

@@ -1,6 +1,6 @@
 //! The words of `freeflow status`, collected.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use engine::QpSnapshot;
 use verbs_abi::verbs::QpType;
@@ -11,23 +11,20 @@ use crate::{
     status::{Client, Counters, Lane, Qp},
 };
 
-/// The clients, lanes and QPs of a snapshot. `see` says of which users the asker may know.
+/// The clients, lanes and QPs of a snapshot, as far as they are those of the `sessions` that the asker may know of.
+/// Who may not know how often the lane sleeps counts its own work only.
 pub(crate) fn fill<'a>(
     status: &mut crate::status::Status,
     sessions: impl Iterator<Item = &'a Session>,
     snapshot: &[QpSnapshot],
-    sleeps: u64,
-    see: impl Fn(u32) -> bool,
+    sleeps: Option<u64>,
 ) {
-    let work_requests = snapshot.iter().map(|qp| qp.messages).sum();
-    status.lanes = vec![Lane { id: 0, work_requests, sleeps }];
     let mut totals = HashMap::<u64, Counters>::new();
     let qps: Vec<Qp> = snapshot.iter().map(queue_pair).collect();
     for qp in &qps {
         add(totals.entry(qp.client).or_default(), &qp.counters);
     }
-    let seen = sessions.filter(|session| see(session.peer().uid));
-    status.clients = seen
+    status.clients = sessions
         .filter_map(|session| {
             let (pid, uid) = (session.peer().pid, session.peer().uid);
             let client = session.client()?.status();
@@ -35,8 +32,11 @@ pub(crate) fn fill<'a>(
             Some(Client { pid, uid, counters, ..client })
         })
         .collect();
-    let known = |qp: &Qp| status.clients.iter().any(|client| client.id == qp.client);
-    status.qps = qps.into_iter().filter(known).collect();
+    let known: HashSet<u64> = status.clients.iter().map(|client| client.id).collect();
+    let counted = qps.iter().filter(|qp| sleeps.is_some() || known.contains(&qp.client));
+    let work_requests = counted.map(|qp| qp.counters.tx_messages).sum();
+    status.lanes = vec![Lane { id: 0, work_requests, sleeps: sleeps.unwrap_or(0) }];
+    status.qps = qps.into_iter().filter(|qp| known.contains(&qp.client)).collect();
     status.qps.sort_by_key(|qp| qp.qpn);
 }
 

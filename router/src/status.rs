@@ -66,8 +66,38 @@ pub struct Client {
     pub mrs: u32,
     /// Bytes of registered memory, each region at its full length.
     pub mr_bytes: u64,
+    /// Number of protection domains.
+    pub pds: u32,
+    /// Number of completion channels.
+    pub channels: u32,
+    /// Bytes of its queues.
+    pub queue_bytes: u64,
+    /// What it may have of each.
+    pub quotas: Quotas,
+    /// What it has used of the router's lanes, in bytes; a work request counts 4096 beside its own.
+    pub lane_use: u64,
     /// Traffic of all its queue pairs.
     pub counters: Counters,
+}
+
+/// What one client may have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Quotas {
+    /// Queue pairs.
+    pub qps: u32,
+    /// Completion queues.
+    pub cqs: u32,
+    /// Memory regions and windows.
+    pub mrs: u32,
+    /// Registered bytes.
+    pub mr_bytes: u64,
+    /// Protection domains.
+    pub pds: u32,
+    /// Completion channels.
+    pub channels: u32,
+    /// Bytes of queues.
+    pub queue_bytes: u64,
 }
 
 /// Traffic, as a port or a queue pair counts it.

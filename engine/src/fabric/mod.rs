@@ -225,14 +225,36 @@ impl<M: Memory> Fabric<M> {
 
     /// Ends a client that is gone: its objects end, its peers' requests run into their timeouts.
     pub fn close(&mut self, client: u32) {
-        let Some(at) = self.client_index.remove(&client) else { return };
-        let qps: Vec<usize> =
-            self.clients[at].iter().flat_map(|client| client.slots.iter().flatten().copied()).collect();
-        for qp in qps {
-            self.remove_qp(qp);
+        while self.close_some(client, usize::MAX) {}
+    }
+
+    /// The same bit by bit: ends `qps` of its QPs at the most, and the client when none is left. True: there is more
+    /// to end.
+    pub fn close_some(&mut self, client: u32, qps: usize) -> bool {
+        let Some(&at) = self.client_index.get(&client) else { return false };
+        let slots = self.clients[at].iter().flat_map(|client| client.slots.iter().rev().flatten().copied());
+        let ending: Vec<usize> = slots.take(qps).collect();
+        for qp in &ending {
+            self.remove_qp(*qp);
         }
+        if let Some(client) = self.clients[at].as_mut() {
+            // What was looked through once need not be again.
+            client.slots.truncate(client.slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1));
+        }
+        if ending.len() == qps {
+            return true;
+        }
+        self.client_index.remove(&client);
         self.clients[at] = None;
         self.schedule.dismiss(at);
+        false
+    }
+
+    /// The client whose QP has this number.
+    #[must_use]
+    pub fn owner_of(&self, qpn: u32) -> Option<u32> {
+        let qp = self.qps[*self.qpn_index.get(&qpn)?].as_ref()?;
+        self.clients[qp.owner].as_ref().map(|client| client.id)
     }
 
     /// What a client has used of the lane so far, in bytes moved, with a work request counted as 4 KiB beside its own.
@@ -265,6 +287,13 @@ impl<M: Memory> Fabric<M> {
     #[must_use]
     pub fn snapshot(&self) -> Vec<QpSnapshot> {
         self.qps.iter().flatten().map(|qp| self.snapshot_of(qp)).collect()
+    }
+
+    /// The same bit by bit: the QPs at the places of `part`. None beyond the last one.
+    #[must_use]
+    pub fn snapshot_part(&self, part: std::ops::Range<usize>) -> Option<Vec<QpSnapshot>> {
+        let qps = self.qps.get(part.start.min(part.end)..part.end.min(self.qps.len()))?;
+        (part.start < self.qps.len()).then(|| qps.iter().flatten().map(|qp| self.snapshot_of(qp)).collect())
     }
 
     fn snapshot_of(&self, qp: &Qp) -> QpSnapshot {

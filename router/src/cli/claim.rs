@@ -8,7 +8,7 @@ use std::{
     io::{Read, Seek, Write},
     os::{
         fd::OwnedFd,
-        unix::fs::{OpenOptionsExt, PermissionsExt},
+        unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     },
     path::{Path, PathBuf},
     thread::sleep,
@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use router::config::Owner;
 use rustix::{
     fs::{FlockOperation, flock},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
@@ -58,8 +59,8 @@ impl Claim {
         Ok(Self { path: path.to_owned(), bound: false, _lock: lock })
     }
 
-    /// Listens on the claimed path. The file's permission bits become `mode`.
-    pub(crate) fn bind(&mut self, mode: u32) -> anyhow::Result<OwnedFd> {
+    /// Listens on the claimed path. The file's permission bits become `mode`, and it becomes the `owner`'s.
+    pub(crate) fn bind(&mut self, mode: u32, owner: Option<Owner>) -> anyhow::Result<OwnedFd> {
         let shown = self.path.display();
         let address =
             SocketAddrUnix::new(&self.path).with_context(|| format!("{shown} is no usable path"))?;
@@ -70,6 +71,10 @@ impl Claim {
         self.bound = true;
         fs::set_permissions(&self.path, Permissions::from_mode(mode))
             .with_context(|| format!("cannot set the permissions of {shown}"))?;
+        if let Some(Owner { uid, gid }) = owner {
+            chown(&self.path, Some(uid), Some(gid))
+                .with_context(|| format!("cannot give {shown} to user {uid} and group {gid}"))?;
+        }
         listen(&listener, BACKLOG).with_context(|| format!("cannot listen on {shown}"))?;
         Ok(listener)
     }
@@ -139,7 +144,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("router.sock");
         let mut first = Claim::take(&path).unwrap();
-        let listener = first.bind(0o640).unwrap();
+        let listener = first.bind(0o640, None).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
 
         let refused = Claim::take(&path).unwrap_err();
@@ -151,7 +156,7 @@ mod tests {
         drop(first);
         assert!(path.exists());
         let mut second = Claim::take(&path).unwrap();
-        drop(second.bind(0o666).unwrap());
+        drop(second.bind(0o666, None).unwrap());
         drop(second);
         assert!(!path.exists());
     }

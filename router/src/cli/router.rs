@@ -4,13 +4,15 @@
 //! Leaves to others: everything that happens while it serves (the daemon).
 
 use std::{
+    fs::DirBuilder,
     io::{self, IsTerminal},
+    os::unix::fs::DirBuilderExt,
     path::PathBuf,
     process::ExitCode,
 };
 
 use anyhow::{Context, anyhow};
-use router::config::Config;
+use router::config::{Config, Tenant};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
@@ -51,11 +53,31 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
     raise_descriptor_limit();
     let socket = config.socket.clone().context("no socket was chosen")?;
     let mut claim = Claim::take(&socket)?;
-    let listener = claim.bind(config.socket_mode)?;
+    let listener = claim.bind(config.socket_mode(), None)?;
+    let mut claims = config.tenants.iter().map(tenant_claim).collect::<Result<Vec<_>, _>>()?;
+    let listeners = claims.iter_mut().zip(&config.tenants);
+    let listeners = listeners.map(|(claim, tenant)| claim.bind(tenant.socket_mode, tenant.socket_owner));
+    let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
     tracing::info!(socket = %socket.display(), pid = std::process::id(), version = env!("CARGO_PKG_VERSION"), "serving");
-    wire::run_router(&config, listener)?;
+    for tenant in &config.tenants {
+        tracing::info!(tenant = tenant.name, socket = %tenant.socket.display(), "serving a tenant");
+    }
+    wire::run_router(&config, listener, listeners)?;
     tracing::info!("ended");
     Ok(ExitCode::SUCCESS)
+}
+
+/// A tenant's socket. Its directory, which the tenant's containers get, is made where it is missing.
+fn tenant_claim(tenant: &Tenant) -> Result<Claim, Failure> {
+    let directory = tenant.socket.parent().context("a socket lies in a directory")?;
+    match DirBuilder::new().mode(0o755).create(directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            let shown = directory.display();
+            let context = format!("cannot make {shown} for the socket of the tenant {}", tenant.name);
+            Err(anyhow::Error::from(error).context(context).into())
+        }
+        _ => Claim::take(&tenant.socket),
+    }
 }
 
 /// The file's words, overridden by variables and options; `socket` is always set.

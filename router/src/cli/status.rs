@@ -106,10 +106,10 @@ fn client_row(client: &Client) -> Vec<String> {
         printable(&client.comm),
         client.tenant.clone(),
         client.mode.clone(),
-        client.qps.to_string(),
-        client.cqs.to_string(),
-        client.mrs.to_string(),
-        size(client.mr_bytes),
+        beside(client.qps, client.quotas.qps),
+        beside(client.cqs, client.quotas.cqs),
+        beside(client.mrs, client.quotas.mrs),
+        format!("{}/{}", size(client.mr_bytes), size(client.quotas.mr_bytes)),
         counters.tx_messages.to_string(),
         size(counters.tx_bytes),
         counters.rx_messages.to_string(),
@@ -137,6 +137,11 @@ fn qp_row(qp: &Qp) -> Vec<String> {
         size(qp.counters.rx_bytes),
         if peer.is_empty() { "-".to_owned() } else { peer },
     ]
+}
+
+/// What is held, beside its quota.
+fn beside(held: u32, quota: u32) -> String {
+    format!("{held}/{quota}")
 }
 
 /// One table with its title; of an empty one only the title.

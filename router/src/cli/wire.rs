@@ -9,9 +9,9 @@ use router::{
     status::Status,
 };
 
-/// Serves `listener` until the daemon is told to end or has been idle for as long as the configuration says.
-pub(crate) fn run_router(config: &Config, listener: OwnedFd) -> anyhow::Result<()> {
-    if daemon::run(config, listener)? == End::Idle {
+/// Serves `listener` and those of the tenants until the daemon is told to end or has been idle for as long as the configuration says.
+pub(crate) fn run_router(config: &Config, listener: OwnedFd, tenants: Vec<OwnedFd>) -> anyhow::Result<()> {
+    if daemon::run(config, listener, tenants)? == End::Idle {
         tracing::info!("no client for a while");
     }
     Ok(())

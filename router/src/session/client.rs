@@ -8,31 +8,34 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use engine::ClientInit;
 use rustix::io::Errno;
 use verbs_abi::{
-    proto::{Answer, Gid, Limits, Mode, Reply, Request, Welcome},
+    proto::{Answer, Limits, Mode, Reply, Request, Welcome},
     shm::{LAYOUT_VERSION, doorbell::Doorbells, events::EventWriter, mr_table::MrTable},
 };
 
-use super::{Step, keys::Keys, mr::Mr, queues};
+use super::{Step, gids::Gids, keys::Keys, mr::Mr, queues};
 use crate::{
+    account::{Account, Resource},
     arena::Arena,
     bell::{EventBell, Ringer},
+    claims::Claims,
     identity::Peer,
     lane::Lane,
     memory::ClientMemory,
     region::Region,
+    tenant::Tenant,
     throttle::Throttle,
 };
 
-/// Completion channels of one client: each is a descriptor here.
-const MAX_CHANNELS: usize = 1024;
-/// The one trust domain so far.
-const TENANT: u32 = 0;
+/// Descriptors of the router for each client: connection, process, memory, arena, region, async events.
+const DESCRIPTORS: u64 = 6;
+/// QPs of a client that is gone that are ended at a time, with the lane waiting.
+const ENDED_AT_ONCE: usize = 64;
 
 /// What this router offers its clients.
 #[derive(Debug)]
@@ -41,12 +44,8 @@ pub(crate) struct Terms {
     pub(crate) lane: Arc<Lane>,
     /// Rings clients.
     pub(crate) ringer: Arc<Ringer>,
-    /// Quotas, as clients see them.
-    pub(crate) limits: Limits,
-    /// Registered bytes of one client.
-    pub(crate) memory: u64,
-    /// Whether direct mode is granted.
-    pub(crate) direct: bool,
+    /// Which addresses are in use.
+    pub(crate) claims: Arc<Claims>,
     /// Node GUID.
     pub(crate) guid: [u8; 8],
     /// Cores of this host.
@@ -69,15 +68,16 @@ pub(crate) struct Client {
     pub(super) lane: Arc<Lane>,
     ringer: Arc<Ringer>,
     pub(super) limits: Limits,
-    pub(super) memory_limit: u64,
+    tenant: Arc<Tenant>,
+    /// What it holds.
+    pub(super) account: Account,
     pub(super) arena: Arena,
     pub(super) region: Region,
     command: String,
     mode: Mode,
     /// Whether memory that is not shared can be reached.
     pub(super) reaches_process: bool,
-    gids: Vec<Gid>,
-    gids_read: Instant,
+    gids: Gids,
     /// What uses each PD.
     pub(super) pds: HashMap<u32, u32>,
     pub(super) channels: HashMap<u32, Channel>,
@@ -88,8 +88,10 @@ pub(crate) struct Client {
     /// The PD of each memory window, by its key at first without the bits that an application chooses.
     pub(super) mws: HashMap<u32, u32>,
     pub(super) keys: Keys,
-    pub(super) mr_bytes: u64,
 }
+
+/// What a completion channel takes.
+const CHANNEL: [(Resource, u64); 2] = [(Resource::Channels, 1), (Resource::Descriptors, 1)];
 
 /// A completion channel.
 #[derive(Debug)]
@@ -104,7 +106,12 @@ impl Client {
     ///
     /// # Errors
     /// The errno that the client gets.
-    pub(crate) fn open(terms: &Terms, peer: &Peer, hello: Hello) -> Result<(Self, Welcome), i32> {
+    pub(crate) fn open(
+        terms: &Terms,
+        tenant: &Arc<Tenant>,
+        peer: &Peer,
+        hello: Hello,
+    ) -> Result<(Self, Welcome), i32> {
         if hello.version != LAYOUT_VERSION {
             version_differs(peer, hello.version);
             return Err(Errno::PROTONOSUPPORT.raw_os_error());
@@ -113,42 +120,50 @@ impl Client {
         if !peer.is_alive() {
             return Err(Errno::SRCH.raw_os_error());
         }
+        let mut account = tenant.account();
+        if !account.take_all(&[(Resource::Clients, 1), (Resource::Descriptors, DESCRIPTORS)]) {
+            return Err(Errno::USERS.raw_os_error());
+        }
         let mut fds = hello.fds.into_iter();
         let bell = fds.next().and_then(|file| EventBell::new(file, &terms.ringer));
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;
         let process = peer.memory(fds.next());
         let reaches_process = process.is_some();
-        let mode = if terms.direct { hello.mode } else { Mode::Isolated };
+        let mode = tenant.mode(hello.mode);
         let made = || -> io::Result<_> { Ok((Arena::new()?, Region::new()?)) };
         let (arena, region) = made().map_err(|error| errno(&error))?;
-        let gids = peer.gids();
+        let gids = Gids::new(hello.id, tenant, &terms.claims, peer);
         let fixed = arena.fixed();
         let parts = || Some((Doorbells::new(fixed)?, EventWriter::new(fixed)?, MrTable::new(fixed)?));
         let (doorbells, events, table) = parts().ok_or(Errno::NOMEM.raw_os_error())?;
         let memory = ClientMemory::new(table, process);
         let init = ClientInit {
-            tenant: TENANT,
+            tenant: tenant.index,
             mode,
             doorbells,
             events,
             event_bell: bell,
             memory,
-            gids: gids.clone(),
+            gids: gids.table().to_vec(),
         };
-        terms.lane.with(|fabric| fabric.open(hello.id, init));
+        terms.lane.with(|fabric| {
+            fabric.open(hello.id, init);
+            fabric.set_weight(hello.id, tenant.weight);
+        });
+        let limits = tenant.limits();
         let client = Self {
             id: hello.id,
             lane: Arc::clone(&terms.lane),
             ringer: Arc::clone(&terms.ringer),
-            limits: terms.limits,
-            memory_limit: terms.memory,
+            limits,
+            tenant: Arc::clone(tenant),
+            account,
             arena,
             region,
             command: peer.command(),
             mode,
             reaches_process,
             gids,
-            gids_read: Instant::now(),
             pds: HashMap::new(),
             channels: HashMap::new(),
             next_handle: 1,
@@ -157,16 +172,19 @@ impl Client {
             mrs: HashMap::new(),
             mws: HashMap::new(),
             keys: Keys::default(),
-            mr_bytes: 0,
         };
-        let welcome =
-            Welcome { client: hello.id, guid: terms.guid, limits: terms.limits, mode, cores: terms.cores };
+        let welcome = Welcome { client: hello.id, guid: terms.guid, limits, mode, cores: terms.cores };
         Ok((client, welcome))
     }
 
     /// The descriptors of the welcome, in the protocol's order.
     pub(crate) fn welcome_files(&self) -> [BorrowedFd<'_>; 4] {
-        [self.arena.as_fd(), self.region.as_fd(), self.lane.page_file(), self.lane.wake_file()]
+        [
+            self.arena.as_fd(),
+            self.region.as_fd(),
+            self.lane.page_file(),
+            self.lane.wake_file(self.tenant.index),
+        ]
     }
 
     /// The descriptors of a direct peer: arena, region, and the channel of one of its CQs, if that has one.
@@ -181,7 +199,7 @@ impl Client {
         let reply = match request {
             Request::Gids => {
                 self.refresh_gids(peer, Duration::ZERO);
-                Ok(Answer::Gids(self.gids.clone()))
+                Ok(Answer::Gids(self.gids.table().to_vec()))
             }
             Request::AllocPd => self.alloc_pd(),
             Request::DeallocPd { pd } => self.dealloc_pd(*pd),
@@ -204,21 +222,21 @@ impl Client {
         Step::Done(reply)
     }
 
+    /// How long ago the addresses were read.
+    pub(super) fn gids_age(&self) -> Duration {
+        self.gids.age()
+    }
+
     /// Reads the addresses again if they are older than `age`.
     pub(super) fn refresh_gids(&mut self, peer: &Peer, age: Duration) {
-        if self.gids_read.elapsed() < age {
-            return;
-        }
-        let gids = peer.gids();
-        self.gids_read = Instant::now();
-        if gids != self.gids {
-            self.gids.clone_from(&gids);
-            self.lane.with(|fabric| fabric.set_gids(self.id, gids));
+        if self.gids.refresh(peer, age) {
+            let table = self.gids.table().to_vec();
+            self.lane.with(|fabric| fabric.set_gids(self.id, table));
         }
     }
 
     fn alloc_pd(&mut self) -> Reply {
-        if self.pds.len() >= self.limits.max_pd as usize {
+        if !self.account.take(Resource::Pds, 1) {
             return Err(Errno::NOMEM.raw_os_error());
         }
         let pd = self.handle()?;
@@ -231,6 +249,7 @@ impl Client {
             None => Err(Errno::INVAL.raw_os_error()),
             Some(0) => {
                 self.pds.remove(&pd);
+                self.account.give(Resource::Pds, 1);
                 Ok(Answer::Done)
             }
             Some(_) => Err(Errno::BUSY.raw_os_error()),
@@ -245,11 +264,11 @@ impl Client {
     }
 
     fn create_channel(&mut self, fds: Vec<OwnedFd>) -> Reply {
-        if self.channels.len() >= MAX_CHANNELS {
-            return Err(Errno::MFILE.raw_os_error());
-        }
         let bell = fds.into_iter().next().and_then(|file| EventBell::new(file, &self.ringer));
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;
+        if !self.account.take_all(&CHANNEL) {
+            return Err(Errno::MFILE.raw_os_error());
+        }
         let channel = self.handle()?;
         self.channels.insert(channel, Channel { bell, users: 0 });
         Ok(Answer::Handle(channel))
@@ -260,6 +279,7 @@ impl Client {
             None => Err(Errno::INVAL.raw_os_error()),
             Some(Channel { users: 0, .. }) => {
                 self.channels.remove(&channel);
+                self.account.give_all(&CHANNEL);
                 Ok(Answer::Done)
             }
             Some(_) => Err(Errno::BUSY.raw_os_error()),
@@ -288,21 +308,45 @@ impl Client {
         crate::status::Client {
             id: u64::from(self.id),
             comm: self.command.clone(),
-            tenant: "default".to_owned(),
+            tenant: self.tenant.name.clone(),
             mode: mode_name(self.mode).to_owned(),
-            addresses: self.gids.iter().map(crate::addresses::text).collect(),
-            qps: self.qps.len() as u32,
-            cqs: self.cqs.len() as u32,
-            mrs: self.mrs.len() as u32,
-            mr_bytes: self.mr_bytes,
+            addresses: self.gids.table().iter().map(crate::addresses::text).collect(),
+            qps: count(self.account.used(Resource::Qps)),
+            cqs: count(self.account.used(Resource::Cqs)),
+            mrs: count(self.account.used(Resource::Mrs)),
+            mr_bytes: self.account.used(Resource::Memory),
+            pds: count(self.account.used(Resource::Pds)),
+            channels: count(self.account.used(Resource::Channels)),
+            queue_bytes: self.account.used(Resource::Queues),
+            quotas: self.quotas(),
             ..Default::default()
         }
     }
 }
 
+impl Client {
+    fn quotas(&self) -> crate::status::Quotas {
+        let quota = |resource| self.account.quota(resource);
+        crate::status::Quotas {
+            qps: count(quota(Resource::Qps)),
+            cqs: count(quota(Resource::Cqs)),
+            mrs: count(quota(Resource::Mrs)),
+            mr_bytes: quota(Resource::Memory),
+            pds: count(quota(Resource::Pds)),
+            channels: count(quota(Resource::Channels)),
+            queue_bytes: quota(Resource::Queues),
+        }
+    }
+}
+
+fn count(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
 impl Drop for Client {
     fn drop(&mut self) {
-        self.lane.with(|fabric| fabric.close(self.id));
+        // Bit by bit: the lane serves others in between.
+        while self.lane.with(|fabric| fabric.close_some(self.id, ENDED_AT_ONCE)) {}
         // Mappings and files go after this, without the lock.
     }
 }

@@ -5,6 +5,7 @@
 //! connections there are (the daemon).
 
 mod client;
+mod gids;
 mod keys;
 mod mr;
 mod mw;
@@ -13,12 +14,13 @@ mod queues;
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use verbs_abi::proto::{Endpoint, ProtoError, Reply, Request};
 
-use crate::identity::Peer;
+use crate::{identity::Peer, tenant::Tenant};
 
 pub(crate) use client::{Client, Hello, Terms, mode_name};
 
@@ -73,6 +75,8 @@ pub(crate) enum Step {
 pub(crate) struct Session {
     endpoint: Endpoint,
     peer: Peer,
+    /// By whose socket it came.
+    tenant: Arc<Tenant>,
     /// The device it opened.
     client: Option<Client>,
     /// A request whose reply is put off, and since when.
@@ -81,9 +85,15 @@ pub(crate) struct Session {
 
 impl Session {
     /// A fresh connection, whose socket does not block.
-    pub(crate) fn new(socket: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(socket: OwnedFd, tenant: &Arc<Tenant>) -> io::Result<Self> {
         let peer = Peer::of(&socket)?;
-        Ok(Self { endpoint: Endpoint::new(socket), peer, client: None, pending: None })
+        let tenant = Arc::clone(tenant);
+        Ok(Self { endpoint: Endpoint::new(socket), peer, tenant, client: None, pending: None })
+    }
+
+    /// By whose socket it came.
+    pub(crate) fn tenant(&self) -> &Arc<Tenant> {
+        &self.tenant
     }
 
     /// Who is there.
@@ -94,6 +104,11 @@ impl Session {
     /// The device it opened.
     pub(crate) fn client(&self) -> Option<&Client> {
         self.client.as_ref()
+    }
+
+    /// How long ago the addresses of its device were read; without a device they never are.
+    pub(crate) fn gids_age(&self) -> Duration {
+        self.client.as_ref().map_or(Duration::ZERO, Client::gids_age)
     }
 
     /// Reads the addresses of its device again if they are older than `age`.
@@ -126,7 +141,7 @@ impl Session {
 
     /// Opens the device and answers.
     pub(crate) fn hello(&mut self, terms: &Terms, hello: Hello) -> Result<(), Parting> {
-        match Client::open(terms, &self.peer, hello) {
+        match Client::open(terms, &self.tenant, &self.peer, hello) {
             Ok((client, welcome)) => {
                 let sent = self.send(&Ok(verbs_abi::proto::Answer::Hello(welcome)), &client.welcome_files());
                 self.client = Some(client);

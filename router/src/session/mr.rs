@@ -13,7 +13,7 @@ use super::{
     Step,
     client::{Client, errno},
 };
-use crate::throttle::Throttle;
+use crate::{account::Resource, throttle::Throttle};
 
 /// A registered memory region.
 #[derive(Debug)]
@@ -33,18 +33,28 @@ type Mapped = Option<(Range<u64>, Window)>;
 impl Client {
     pub(super) fn reg_mr(&mut self, reg: &RegMr) -> Reply {
         let reg = check(reg)?;
-        let bytes = self.room_for(&reg, 0)?;
-        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error))?;
-        let mapped = match self.map_shared(&reg) {
-            Ok(mapped) => mapped,
+        self.admit(&reg)?;
+        let held = [(Resource::Mrs, 1), (Resource::Memory, weight(&reg))];
+        if !self.account.take_all(&held) {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let taken = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error));
+        let made = taken.and_then(|key| match self.map_shared(&reg) {
+            Ok(mapped) => Ok((key, mapped)),
             Err(errno) => {
                 self.keys.put(key);
+                Err(errno)
+            }
+        });
+        let (key, mapped) = match made {
+            Ok(made) => made,
+            Err(errno) => {
+                self.account.give_all(&held);
                 return Err(errno);
             }
         };
         let mapped = self.enter(key, &reg, mapped);
         self.use_pd(reg.pd, true);
-        self.mr_bytes = bytes;
         self.mrs.insert(key, Mr { pd: reg.pd, bytes: weight(&reg), mapped, former: None });
         Ok(Answer::Mr { key })
     }
@@ -74,12 +84,25 @@ impl Client {
         let invalid = Errno::INVAL.raw_os_error();
         let reg = check(reg)?;
         let (old_pd, old_bytes) = self.mrs.get(&key).map(|mr| (mr.pd, mr.bytes)).ok_or(invalid)?;
-        let bytes = self.room_for(&reg, old_bytes)?;
-        let mapped = self.map_shared(&reg)?;
+        self.admit(&reg)?;
+        self.account.give(Resource::Memory, old_bytes);
+        let mapped = match self.account.take(Resource::Memory, weight(&reg)) {
+            true => {
+                let mapped = self.map_shared(&reg);
+                if mapped.is_err() {
+                    self.account.give(Resource::Memory, weight(&reg));
+                }
+                mapped
+            }
+            false => Err(Errno::NOMEM.raw_os_error()),
+        };
+        // What was given up a moment ago is still free.
+        let mapped = mapped.inspect_err(|_| {
+            self.account.take(Resource::Memory, old_bytes);
+        })?;
         let mapped = self.enter(key, &reg, mapped);
         self.use_pd(reg.pd, true);
         self.use_pd(old_pd, false);
-        self.mr_bytes = bytes;
         if let Some(mr) = self.mrs.get_mut(&key) {
             mr.former = Some(std::mem::replace(&mut mr.mapped, mapped));
             (mr.pd, mr.bytes) = (reg.pd, weight(&reg));
@@ -87,16 +110,15 @@ impl Client {
         Ok(())
     }
 
-    /// The registered bytes with this region, in place of `instead_of` bytes; an error where that may not be.
-    fn room_for(&self, reg: &RegMr, instead_of: u64) -> Result<u64, i32> {
+    /// Whether a region may be there at all.
+    fn admit(&self, reg: &RegMr) -> Result<(), i32> {
         if !self.pds.contains_key(&reg.pd) {
             return Err(Errno::INVAL.raw_os_error());
         }
         if reg.access & AccessFlags::ON_DEMAND.bits() != 0 && !self.reaches_process {
             return Err(Errno::OPNOTSUPP.raw_os_error());
         }
-        let bytes = (self.mr_bytes - instead_of).checked_add(weight(reg));
-        bytes.filter(|bytes| *bytes <= self.memory_limit).ok_or(Errno::NOMEM.raw_os_error())
+        Ok(())
     }
 
     /// Maps the part of a region that was moved to the region memfd.
@@ -155,7 +177,7 @@ impl Client {
             }
             self.keys.put(key);
             self.use_pd(mr.pd, false);
-            self.mr_bytes -= mr.bytes;
+            self.account.give_all(&[(Resource::Mrs, 1), (Resource::Memory, mr.bytes)]);
         }
         Step::Done(Ok(Answer::Done))
     }

@@ -5,13 +5,19 @@ use rustix::io::Errno;
 use verbs_abi::proto::{Answer, Reply};
 
 use super::client::{Client, errno};
+use crate::account::Resource;
 
 impl Client {
     pub(super) fn alloc_mw(&mut self, pd: u32, is_type_2: bool) -> Reply {
         if !self.pds.contains_key(&pd) {
             return Err(Errno::INVAL.raw_os_error());
         }
-        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error))?;
+        // A window has a key like a region, so it counts as one.
+        if !self.account.take(Resource::Mrs, 1) {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error));
+        let key = key.inspect_err(|_| self.account.give(Resource::Mrs, 1))?;
         let window = MemoryWindow { key, pd, is_type_2, bound: None };
         self.lane.with(|fabric| {
             if let Some(memory) = fabric.memory_mut(self.id) {
@@ -33,6 +39,7 @@ impl Client {
         });
         self.use_pd(pd, false);
         self.keys.put(key);
+        self.account.give(Resource::Mrs, 1);
         Ok(Answer::Done)
     }
 }

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use verbs_abi::{
     proto::{Answer, CreateQp, QpAttr, Reply},
     shm::{
+        Window,
         cq::{CQ_LEN, CqArea},
         queue::{Geometry, QueueArea},
     },
@@ -17,7 +18,7 @@ use super::{
     Step,
     client::{Client, errno},
 };
-use crate::arena::Place;
+use crate::{account::Resource, arena::Place, heap::pages};
 
 /// A CQ.
 #[derive(Debug)]
@@ -37,26 +38,40 @@ pub(super) struct Qp {
 }
 
 impl Client {
+    /// Room in the arena for one more QP or CQ of `len` bytes, within the quotas.
+    fn place(&mut self, resource: Resource, len: usize) -> Result<(Place, Window), i32> {
+        let held = [(resource, 1), (Resource::Queues, pages(len))];
+        if !self.account.take_all(&held) {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        self.arena.place(len).map_err(|error| {
+            self.account.give_all(&held);
+            errno(&error)
+        })
+    }
+
+    fn release(&mut self, resource: Resource, place: Place) {
+        self.arena.release(place);
+        self.account.give_all(&[(resource, 1), (Resource::Queues, pages(place.len))]);
+    }
+
     pub(super) fn create_cq(&mut self, cqe: u32, channel: Option<u32>) -> Reply {
         if cqe == 0 || cqe > self.limits.max_cqe {
             return Err(Errno::INVAL.raw_os_error());
-        }
-        if self.cqs.len() >= self.limits.max_cq as usize {
-            return Err(Errno::NOMEM.raw_os_error());
         }
         let bell = match channel.map(|channel| self.channels.get(&channel)) {
             None => None,
             Some(Some(channel)) => Some(Arc::clone(&channel.bell) as Arc<dyn Bell>),
             Some(None) => return Err(Errno::INVAL.raw_os_error()),
         };
-        let (place, window) = self.arena.place(CQ_LEN).map_err(|error| errno(&error))?;
+        let (place, window) = self.place(Resource::Cqs, CQ_LEN)?;
         let area = CqArea::new(&window, 0).ok_or(Errno::NOMEM.raw_os_error());
         let made = area
             .and_then(|area| self.lane.with(|fabric| fabric.create_cq(self.id, area, place.offset, bell)));
         let cq = match made {
             Ok(cq) => cq,
             Err(errno) => {
-                self.arena.release(place);
+                self.release(Resource::Cqs, place);
                 return Err(errno);
             }
         };
@@ -71,8 +86,10 @@ impl Client {
         }
         self.lane.with(|fabric| fabric.destroy_cq(self.id, cq))?;
         if let Some(cq) = self.cqs.remove(&cq) {
-            if !cq.haunted {
-                self.arena.release(cq.place);
+            if cq.haunted {
+                self.account.give(Resource::Cqs, 1);
+            } else {
+                self.release(Resource::Cqs, cq.place);
             }
             self.use_channel(cq.channel, false);
         }
@@ -98,10 +115,7 @@ impl Client {
             cap.max_inline_data,
         );
         let (true, Some(geometry)) = (known, geometry) else { return Err(Errno::INVAL.raw_os_error()) };
-        if self.qps.len() >= self.limits.max_qp as usize {
-            return Err(Errno::NOMEM.raw_os_error());
-        }
-        let (place, window) = self.arena.place(geometry.len()).map_err(|error| errno(&error))?;
+        let (place, window) = self.place(Resource::Qps, geometry.len())?;
         let area = QueueArea::new(&window, 0, geometry).ok_or(Errno::NOMEM.raw_os_error());
         let made = area.and_then(|area| {
             let init = QpInit { create: *create, geometry, area, offset: place.offset };
@@ -110,7 +124,7 @@ impl Client {
         let qp = match made {
             Ok(qp) => qp,
             Err(errno) => {
-                self.arena.release(place);
+                self.release(Resource::Qps, place);
                 return Err(errno);
             }
         };
@@ -163,9 +177,12 @@ impl Client {
             // A peer that was stopped in the middle may still write there and into the CQ: neither room is ever
             // used again.
             if free {
-                self.arena.release(qp.place);
-            } else if let Some(cq) = self.cqs.get_mut(&qp.recv_cq) {
-                cq.haunted = true;
+                self.release(Resource::Qps, qp.place);
+            } else {
+                self.account.give(Resource::Qps, 1);
+                if let Some(cq) = self.cqs.get_mut(&qp.recv_cq) {
+                    cq.haunted = true;
+                }
             }
             self.use_pd(qp.pd, false);
         }

@@ -308,6 +308,8 @@ pub struct Limits {
     pub max_cq: u32,
     /// MRs a client may have.
     pub max_mr: u32,
+    /// Bytes that a client may have registered, all its MRs together.
+    pub max_mr_size: u64,
     /// PDs a client may have.
     pub max_pd: u32,
     /// Entries of a CQ.

@@ -10,11 +10,13 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use rustix::{
     thread::futex,
-    time::{Nsecs, Timespec},
+    time::{ClockId, Nsecs, Timespec, clock_gettime},
 };
 
 use super::Window;
 
+/// Words that a lane can sleep on at once.
+pub const MAX_WORDS: usize = 128;
 /// A lane looks around at least this often.
 pub const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
@@ -77,6 +79,40 @@ impl WakeWord {
     }
 }
 
+/// Sleeps while each word says what was seen of it, at most for `timeout` or [`LONGEST_SLEEP`] (router). At most
+/// [`MAX_WORDS`] of them. May end early.
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.16.
+pub fn sleep_on_any<'a>(
+    words: impl Iterator<Item = (&'a WakeWord, u32)>,
+    timeout: Option<Duration>,
+) -> Result<(), rustix::io::Errno> {
+    let mut waits = [futex::Wait::new(); MAX_WORDS];
+    let mut count = 0;
+    for (wait, (word, seen)) in waits.iter_mut().zip(words) {
+        wait.val = u64::from(seen);
+        wait.uaddr = futex::WaitPtr::new(word.0.u32(0).as_ptr().cast());
+        wait.flags = futex::WaitFlags::SIZE_U32;
+        count += 1;
+    }
+    let until = after(timeout.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP));
+    match futex::waitv(&waits[..count], futex::WaitvFlags::empty(), Some(&until), ClockId::Monotonic) {
+        Err(rustix::io::Errno::NOSYS) => Err(rustix::io::Errno::NOSYS),
+        _ => Ok(()),
+    }
+}
+
+/// The moment so long after now.
+fn after(timeout: Duration) -> Timespec {
+    let now = clock_gettime(ClockId::Monotonic);
+    let nanoseconds = now.tv_nsec + Nsecs::from(timeout.subsec_nanos());
+    Timespec {
+        tv_sec: now.tv_sec + timeout.as_secs() as i64 + nanoseconds / 1_000_000_000,
+        tv_nsec: nanoseconds % 1_000_000_000,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{thread, time::Instant};
@@ -91,6 +127,34 @@ mod tests {
         let start = Instant::now();
         word.sleep(seen, None);
         assert!(start.elapsed() < LONGEST_SLEEP);
+    }
+
+    #[test]
+    fn a_sleeper_on_many_words_is_woken_by_each_and_by_time() {
+        let words: Vec<_> = (0..MAX_WORDS).map(|_| WakeWord::new(Window::heap(64))).collect();
+        let sleep = |seen: &[u32], timeout| {
+            let start = Instant::now();
+            sleep_on_any(words.iter().zip(seen.iter().copied()), timeout).map(|()| start.elapsed())
+        };
+        let seen: Vec<_> = words.iter().map(WakeWord::seen).collect();
+        let short = Duration::from_millis(20);
+        match sleep(&seen, Some(short)) {
+            Err(_) => return println!("SKIP sleep on many words: this kernel has no futex_waitv"),
+            Ok(slept) => assert!(slept >= short),
+        }
+        for word in [0, 1, MAX_WORDS - 1] {
+            let seen: Vec<_> = words.iter().map(WakeWord::seen).collect();
+            words[word].wake();
+            assert!(sleep(&seen, None).unwrap() < LONGEST_SLEEP, "woken before the sleep");
+            let seen: Vec<_> = words.iter().map(WakeWord::seen).collect();
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    thread::sleep(short);
+                    words[word].wake();
+                });
+                assert!(sleep(&seen, None).unwrap() < LONGEST_SLEEP, "word {word}");
+            });
+        }
     }
 
     #[test]

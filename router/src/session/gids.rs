@@ -1,0 +1,105 @@
+//! The addresses of one client: those of its network namespace that its tenant may have and nobody else has.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use verbs_abi::proto::Gid;
+
+use crate::{
+    addresses,
+    claims::{Claimant, Claims},
+    identity::Peer,
+    tenant::Tenant,
+};
+
+/// Of the time between two reads of the same tables, one part in so many may go into a read: whoever owns a
+/// namespace can make its tables long.
+const SHARE: u32 = 32;
+/// A table is not read again sooner than this.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// A client's GID table.
+#[derive(Debug)]
+pub(super) struct Gids {
+    client: u32,
+    tenant: Arc<Tenant>,
+    claims: Arc<Claims>,
+    /// Claimed, and to be given back.
+    held: Vec<Gid>,
+    table: Vec<Gid>,
+    read_at: Instant,
+    pause: Duration,
+}
+
+impl Gids {
+    /// The table of a new client.
+    pub(super) fn new(client: u32, tenant: &Arc<Tenant>, claims: &Arc<Claims>, peer: &Peer) -> Self {
+        let mut gids = Self {
+            client,
+            tenant: Arc::clone(tenant),
+            claims: Arc::clone(claims),
+            held: Vec::new(),
+            table: addresses::loopback(),
+            read_at: Instant::now(),
+            pause: Duration::ZERO,
+        };
+        gids.read(peer);
+        gids
+    }
+
+    /// The table.
+    pub(super) fn table(&self) -> &[Gid] {
+        &self.table
+    }
+
+    /// How long ago the addresses were read.
+    pub(super) fn age(&self) -> Duration {
+        self.read_at.elapsed()
+    }
+
+    /// Reads the addresses again if they are older than `age`. True: the table is another.
+    pub(super) fn refresh(&mut self, peer: &Peer, age: Duration) -> bool {
+        self.read_at.elapsed() >= age.max(self.pause) && self.read(peer)
+    }
+
+    fn read(&mut self, peer: &Peer) -> bool {
+        let start = Instant::now();
+        let found = peer.gids(self.client);
+        (self.read_at, self.pause) = (Instant::now(), PAUSE.max(start.elapsed() * SHARE));
+        let Some((wanted, namespace)) = found else { return false };
+        let table = if self.tenant.has_prefixes() {
+            let by = Claimant { tenant: self.tenant.index, namespace };
+            self.grant(&wanted, by, peer.pid)
+        } else {
+            wanted
+        };
+        let is_changed = table != self.table;
+        self.table = table;
+        is_changed
+    }
+
+    /// Those of the addresses that the client may have.
+    fn grant(&mut self, wanted: &[Gid], by: Claimant, pid: u32) -> Vec<Gid> {
+        let (allowed, foreign): (Vec<Gid>, Vec<Gid>) = wanted.iter().partition(|gid| self.tenant.allows(gid));
+        let table = self.claims.settle(self.client, by, &allowed, &self.held);
+        for gid in foreign.iter().filter(|gid| !addresses::is_local(gid)) {
+            let why = format!("{} is in none of the tenant's prefixes", addresses::text(gid));
+            self.tenant.complain("an address was not granted", pid, &why);
+        }
+        for gid in allowed.iter().filter(|gid| !table.contains(gid)) {
+            let why = format!("{} is in use by another network namespace", addresses::text(gid));
+            self.tenant.complain("an address was not granted", pid, &why);
+        }
+        self.held.clone_from(&table);
+        // Index 0 is always valid, if only for the namespace itself.
+        if table.is_empty() { addresses::loopback() } else { table }
+    }
+}
+
+impl Drop for Gids {
+    fn drop(&mut self) {
+        self.claims.release(self.client, &self.held);
+    }
+}
