@@ -33,8 +33,8 @@ struct Mr {
 /// What the memory of an MR needs to be given back.
 #[derive(Debug)]
 pub(crate) enum Backing {
-    /// Nothing was moved, as its pages are found at each access.
-    OnDemand,
+    /// Nothing was moved, as its pages are found at each access; they stay meanwhile, unless it is all memory.
+    OnDemand(Option<Registration>),
     /// Memory of the application, of which as much was moved as can be.
     Moved(Registration),
     /// Device memory, which stays as long as an MR is on it.
@@ -87,12 +87,16 @@ fn check(addr: u64, length: usize, iova: u64, access: u32) -> Result<AccessFlags
     if length == 0 || !access.valid_for_mr() || offset(addr) != offset(iova) {
         return Err(Errno::INVAL);
     }
-    let is_implicit = access.contains(AccessFlags::ON_DEMAND) && addr == 0 && length as u64 == WHOLE_PROCESS;
-    if !is_implicit {
+    if !is_implicit(addr, length, access) {
         iova.checked_add(length as u64).ok_or(Errno::INVAL)?;
     }
     let unsupported = AccessFlags::ZERO_BASED | AccessFlags::FLUSH_PERSISTENT;
     if access.intersects(unsupported) { Err(Errno::OPNOTSUPP) } else { Ok(access) }
+}
+
+/// Whether this is all memory that the process has and will have.
+fn is_implicit(addr: u64, length: usize, access: AccessFlags) -> bool {
+    access.contains(AccessFlags::ON_DEMAND) && addr == 0 && length as u64 == WHOLE_PROCESS
 }
 
 /// A region that somebody wants registered.
@@ -110,7 +114,9 @@ impl Wanted {
         let moved = self.move_memory(device)?;
         let request = Request::RegMr(self.request(moved.as_ref()));
         match device.link.ask(&request, &[]) {
-            Ok((Answer::Mr { key }, _)) => Ok((key, moved.map_or(Backing::OnDemand, Backing::Moved))),
+            Ok((Answer::Mr { key }, _)) => {
+                Ok((key, moved.map_or_else(|| self.on_demand(device), Backing::Moved)))
+            }
             other => {
                 give_back(device, moved);
                 Err(other.err().unwrap_or(Errno::PROTO))
@@ -131,6 +137,13 @@ impl Wanted {
             error::from_router(error.errno())
         })?;
         Ok(Some(moved))
+    }
+
+    /// Sees to it that the pages are not moved for somebody else while the router reaches them. Its first access
+    /// comes after this: no peer knows the key yet.
+    fn on_demand(&self, device: &Context) -> Backing {
+        let whole = is_implicit(self.addr as u64, self.length, self.access);
+        Backing::OnDemand((!whole).then(|| device.mover.keep(self.addr, self.length)))
     }
 
     /// The region as the router is asked for it.
@@ -216,8 +229,8 @@ unsafe fn change(
     new_pd.hold();
     old_pd.let_go();
     (own.public.access, own.iova) = (access, iova);
-    let backing = moved.map_or(Backing::OnDemand, Backing::Moved);
-    if let Backing::Moved(former) = std::mem::replace(&mut own.backing, backing) {
+    let former = std::mem::replace(&mut own.backing, moved.map_or(Backing::OnDemand(None), Backing::Moved));
+    if let Backing::Moved(former) = former {
         device.mover.deregister(former);
     }
     Ok(())
@@ -233,7 +246,7 @@ pub(crate) unsafe extern "C" fn deregister(mr: *mut VerbsMr) -> c_int {
         // SAFETY: the MR's PD lives as long as it holds it.
         unsafe { Pd::of(public.pd) }.let_go();
         match mr.backing {
-            Backing::OnDemand => {}
+            Backing::OnDemand(kept) => give_back(device, kept),
             Backing::Moved(moved) => device.mover.deregister(moved),
             Backing::Device(moved, dm) => {
                 device.mover.deregister(moved);

@@ -22,7 +22,7 @@ use std::{io, mem, ptr, slice};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use rustix::pipe::PipeFlags;
 
 use super::maps::{self, EVERYTHING};
@@ -93,7 +93,14 @@ static HELD: HeldCell = HeldCell(UnsafeCell::new(None));
 
 unsafe extern "C" fn before() {
     let world = world::lock();
+    // `ibv_fork_init` keeps the pages of all registered memory from children. Pages that were not moved may well go
+    // there: a router reaches the parent's through the parent's page tables, and the child's are its own.
+    world.books.staying.ranges().for_each(|range| advise(&range, Advice::LinuxDoFork));
     let list = List::draw(&world);
+    // Whatever the program or libibverbs advised since these were moved.
+    list.entries()
+        .iter()
+        .for_each(|entry| advise(&(entry.start..entry.start + entry.len), Advice::LinuxDontFork));
     // Without a pipe (no descriptor left) the parent does not wait, and the copy may be of a later moment.
     let pipe = if list.is_empty() { None } else { rustix::pipe::pipe_with(PipeFlags::CLOEXEC).ok() };
     // SAFETY: the lock was taken above, so no other thread is between its handlers.
@@ -214,15 +221,18 @@ impl List {
         self.count == 0
     }
 
+    fn entries(&self) -> &[Entry] {
+        if self.is_empty() {
+            return &[];
+        }
+        // SAFETY: `store` filled that many entries, which stay until the list is discarded; a child inherits them.
+        unsafe { slice::from_raw_parts(self.entries, self.count) }
+    }
+
     /// In the child: makes private copies, as far as the limit allows.
     fn copy_all(&self) {
-        if self.is_empty() {
-            return;
-        }
-        // SAFETY: `store` filled that many entries; the child inherited the mapping.
-        let entries = unsafe { slice::from_raw_parts(self.entries, self.count) };
         let mut budget = COPY_LIMIT;
-        for entry in entries {
+        for entry in self.entries() {
             // One that fails stays unmapped; the others need not.
             budget -= entry.copy(budget).unwrap_or(0);
         }
@@ -273,6 +283,12 @@ impl Entry {
         }
         copied.map(|(bytes, _)| bytes)
     }
+}
+
+/// Says what fork does with a range. Parts that are not mapped, or of a kind that takes no advice, do not matter.
+fn advise(range: &Range<usize>, advice: Advice) {
+    // SAFETY: the two advices that are used change only what a child gets.
+    let _ = unsafe { rustix::mm::madvise(pointer(range.start), range.len(), advice) };
 }
 
 /// Unmaps what this module mapped.

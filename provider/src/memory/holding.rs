@@ -302,10 +302,10 @@ fn check_access(mappings: &[Mapping], range: &Range<usize>, writable: bool) -> R
 }
 
 /// All pages that `range` touches and that have a place in the file.
-fn touched_pages(range: &Range<usize>) -> Range<usize> {
+pub(super) fn touched_pages(range: &Range<usize>) -> Range<usize> {
     let page = page_size();
     let start = range.start / page * page;
-    let end = range.end.next_multiple_of(page).min(REGION_LEN);
+    let end = range.end.min(REGION_LEN).next_multiple_of(page);
     start..end.max(start)
 }
 

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::fork;
-use super::holding::Holding;
+use super::holding::{self, Holding};
 use super::region::Region;
 use super::world::{self, World};
 
@@ -123,6 +123,17 @@ impl Mover {
         let World { holdings, books, .. } = &mut *world;
         let holding = holdings.get_mut(&self.id).ok_or(RegisterError::Forked)?;
         holding.register(&(address..end), writable, books)
+    }
+
+    /// Registers a range as it is: its pages neither move nor go back before this registration is given back. Nothing
+    /// need be mapped there yet.
+    pub fn keep(&self, address: usize, len: usize) -> Registration {
+        let pages = holding::touched_pages(&(address..address.saturating_add(len)));
+        let registration = Registration { pages, shared: 0..0 };
+        if !self.is_child() {
+            world::lock().books.staying.hold(&registration.pages);
+        }
+        registration
     }
 
     /// Gives a registration back. Pages that no other registration holds become private again. Nobody else may

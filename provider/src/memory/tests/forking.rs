@@ -48,6 +48,29 @@ fn a_child_sees_the_memory_and_writes_only_into_its_own() {
 }
 
 #[test]
+fn what_was_advised_for_fork_changes_nothing() {
+    let (sut, _router) = mover();
+    let (memory, page) = (Memory::pages(5), page_size());
+    memory.fill(21);
+    let mr = sut.register(memory.start() + 8, memory.0.len() - 16, true).unwrap();
+    let advise = |range: Range<usize>, advice| {
+        // SAFETY: the test's own mapping; the advice changes only what a child gets.
+        unsafe { rustix::mm::madvise(pointer(range.start), range.len(), advice) }.unwrap();
+    };
+    // The first is what libibverbs says of registered memory after `ibv_fork_init`, the second what it says when it
+    // is not registered any more.
+    advise(memory.0.clone(), Advice::LinuxDontFork);
+    advise(memory.start() + 2 * page..memory.start() + 3 * page, Advice::LinuxDoFork);
+    assert!(in_child(|| {
+        let saw = all(&memory.0, 21);
+        memory.fill(99);
+        saw && all(&memory.0, 99)
+    }));
+    assert!(all(&memory.0, 21));
+    sut.deregister(mr);
+}
+
+#[test]
 fn a_child_sees_the_moment_of_the_fork() {
     let (sut, _router) = mover();
     let memory = Memory::new(8 << 20);

@@ -60,6 +60,25 @@ fn pages_stay_moved_while_another_device_reaches_them_in_place() {
     assert!(drops_to_zero(memory.start()));
 }
 
+#[test]
+fn pages_that_are_kept_as_they_are_do_not_move() {
+    let (sut, router) = mover();
+    let memory = Memory::pages(4);
+    memory.fill(8);
+    let kept = sut.keep(memory.start() + 5, 3 * page_size());
+    let mr = sut.register(memory.start(), memory.0.len(), true).unwrap();
+    assert!(mr.shared().is_empty());
+    sut.deregister(mr);
+    sut.deregister(kept);
+    let mr = sut.register(memory.start(), memory.0.len(), true).unwrap();
+    let kept = sut.keep(memory.start(), memory.0.len());
+    sut.deregister(mr);
+    assert_eq!(seen(&router, memory.start()), 8, "somebody may be writing there");
+    sut.deregister(kept);
+    assert_eq!(used(&router), 0);
+    assert!(all(&memory.0, 8));
+}
+
 /// In a child, for its world alone: another thread that cannot be stopped, then one that can.
 #[test]
 fn without_peace_nothing_moves_and_all_is_made_up_for_later() {
