@@ -10,20 +10,30 @@ mod common;
 mod bystander;
 #[path = "hostile/client.rs"]
 mod client;
+#[path = "hostile/direct.rs"]
+mod direct;
 #[path = "hostile/field.rs"]
 mod field;
 #[path = "hostile/files.rs"]
 mod files;
 #[path = "hostile/handles.rs"]
 mod handles;
+#[path = "hostile/life.rs"]
+mod life;
 #[path = "hostile/messages.rs"]
 mod messages;
 #[path = "hostile/noise.rs"]
 mod noise;
+#[path = "hostile/puppet.rs"]
+mod puppet;
+#[path = "hostile/races.rs"]
+mod races;
 #[path = "hostile/rig.rs"]
 mod rig;
 #[path = "hostile/sizes.rs"]
 mod sizes;
+#[path = "hostile/words.rs"]
+mod words;
 #[path = "hostile/wqes.rs"]
 mod wqes;
 
@@ -32,8 +42,21 @@ use std::process::ExitCode;
 use field::Series;
 
 fn main() -> ExitCode {
+    if let Some(code) = puppet::play() {
+        return code;
+    }
     common::run("hostile", common::no_tree(), || {
-        let cases = [messages::cases(), files::cases(), handles::cases(), sizes::cases(), wqes::cases()];
+        let cases = [
+            messages::cases(),
+            files::cases(),
+            handles::cases(),
+            sizes::cases(),
+            wqes::cases(),
+            words::cases(),
+            races::cases(),
+            life::cases(),
+            direct::cases(),
+        ];
         let cases: Vec<_> = cases.into_iter().flatten().collect();
         let (series, count) = (Series::default(), cases.len());
         let mut trials: Vec<_> = cases.into_iter().map(|case| series.trial(case)).collect();

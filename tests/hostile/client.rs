@@ -232,16 +232,16 @@ impl Client {
     pub(crate) fn post_blocks(&self, qp: &Qp, blocks: &[[u64; 8]]) {
         let tail = qp.area.header.sq_tail().load(Ordering::Relaxed);
         for (i, block) in blocks.iter().enumerate() {
-            qp.area.write_sq_block(tail + i as u64, block);
+            qp.area.write_sq_block(tail.wrapping_add(i as u64), block);
         }
-        qp.area.header.sq_tail().store(tail + blocks.len() as u64, Ordering::Release);
+        qp.area.header.sq_tail().store(tail.wrapping_add(blocks.len() as u64), Ordering::Release);
         self.ring(qp.new.slot);
     }
 
     pub(crate) fn post_recv(&self, qp: &Qp, wr_id: u64, sges: &[Sge]) {
         let tail = qp.area.header.rq_tail().load(Ordering::Relaxed);
         RecvWqe::encode(wr_id, sges, |part, block| qp.area.write_rq_block(tail, part, block));
-        qp.area.header.rq_tail().store(tail + 1, Ordering::SeqCst);
+        qp.area.header.rq_tail().store(tail.wrapping_add(1), Ordering::SeqCst);
         self.ring(qp.new.slot);
     }
 }

@@ -1,6 +1,7 @@
 //! Where every case is tried: a router, two bystanders, and what must hold after each.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -41,8 +42,9 @@ impl Case {
 /// A router with bystanders.
 #[derive(Debug)]
 pub(crate) struct Field {
-    daemon: Daemon,
+    // Ends before the router does.
     bystander: Bystander,
+    daemon: Daemon,
     /// Clients that belong here.
     clients: usize,
     _directory: TempDir,
@@ -53,7 +55,7 @@ impl Field {
         let directory = TempDir::with_prefix("freeflow-")?;
         let daemon = Daemon::start(&common::tree()?, &directory.path().join("router.sock"))?;
         let bystander = Bystander::start(&daemon.socket)?;
-        Ok(Self { daemon, bystander, clients: 2, _directory: directory })
+        Ok(Self { bystander, daemon, clients: 2, _directory: directory })
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -119,7 +121,8 @@ impl Series {
             Some(there) => there,
             None => Field::new()?,
         };
-        let outcome = (case.attack)(&there).and_then(|()| there.check());
+        let attack = AssertUnwindSafe(|| (case.attack)(&there).and_then(|()| there.check()));
+        let outcome = catch_unwind(attack).unwrap_or_else(|_| Err(anyhow!("the case itself panicked")));
         match outcome {
             Ok(()) => {
                 self.held.fetch_add(1, Ordering::Relaxed);

@@ -1,10 +1,10 @@
 //! A hostile client that is connected with a peer, beside a victim of whom it knows all numbers.
 
-use std::sync::atomic::Ordering;
+use std::{os::fd::OwnedFd, sync::atomic::Ordering};
 
 use anyhow::{Result, bail, ensure};
 use verbs_abi::{
-    proto::{Answer, Gid, Mode, Request},
+    proto::{Answer, DirectPeer, Gid, Mode, Request},
     shm::wqe::{SendWqe, Sge, flag},
     verbs::{Opcode, QpState, QpType, WcStatus},
 };
@@ -33,6 +33,8 @@ pub(crate) struct Rig {
     pub(crate) victim_key: u32,
     /// The address of all three.
     pub(crate) gid: Gid,
+    /// In direct mode: where the peer lies, with its arena and region.
+    pub(crate) offer: Option<(DirectPeer, Vec<OwnedFd>)>,
 }
 
 /// What one client has registered. Each covers [`PART`] bytes at its number times that.
@@ -59,11 +61,14 @@ impl Rig {
             victim.memory.u64(at).store(SENTINEL, Ordering::Relaxed);
         }
         let gid = hostile.gid()?;
-        hostile.connect(&qp, (peer_qp.new.qpn, gid))?;
+        let offer = match hostile.connect(&qp, (peer_qp.new.qpn, gid))? {
+            (Answer::Direct(offer), files) => Some((offer, files)),
+            _ => None,
+        };
         peer.connect(&peer_qp, (qp.new.qpn, gid))?;
         victim.connect(&victim_qp, (victim_qp.new.qpn, gid))?;
         let victim_key = victim_keys.full;
-        Ok(Self { hostile, qp, keys, peer, peer_qp, peer_keys, victim, victim_qp, victim_key, gid })
+        Ok(Self { hostile, qp, keys, peer, peer_qp, peer_keys, victim, victim_qp, victim_key, gid, offer })
     }
 
     fn open(field: &Field, mode: Mode, qp_type: QpType) -> Result<(Client, Qp, Keys)> {
