@@ -83,6 +83,24 @@ fn each_message_has_its_own_rnr_retries() {
 }
 
 #[test]
+fn a_pause_after_an_rnr_nak_is_not_cut_short_by_what_brings_no_receive() {
+    let (mut fabric, mut a, b) =
+        tuned_pair(QpType::Rc, |attr| (attr.rnr_retry, attr.min_rnr_timer, attr.timeout) = (1, 14, 20));
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    turn(&mut fabric, 0);
+    let end = fabric.next_timer().expect("an RNR timer");
+    // The peer starts anew, and everybody who waits for it is woken.
+    for state in [QpState::Err, QpState::Reset, QpState::Init, QpState::Rtr] {
+        b.modify(&mut fabric, state, &a, QpType::Rc);
+        b.doorbells.ring(b.slot);
+        turn(&mut fabric, 1);
+        assert_eq!((a.sends.pop(), fabric.next_timer()), (None, Some(end)), "{state}");
+    }
+    turn(&mut fabric, end);
+    assert_eq!(status(a.sends.pop()), WcStatus::RnrRetryExcErr);
+}
+
+#[test]
 fn silence_is_borne_for_the_timeout_times_the_retries_and_one() {
     for (timeout, retry_cnt) in [(1, 0), (1, 7), (8, 3), (14, 7), (19, 1), (31, 2)] {
         let (mut fabric, mut a, b) =

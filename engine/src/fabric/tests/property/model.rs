@@ -218,7 +218,6 @@ impl Model {
                 end.receives.clear();
                 (end.wait, end.established, end.draining) = (None, false, false);
             }
-            (_, QpState::Rtr) => end.established = false,
             (QpState::Rts, QpState::Sqd) if end.sends.is_empty() && announce => {
                 end.events.push(EventType::SqDrained);
             }
@@ -228,9 +227,18 @@ impl Model {
         end.state = state;
     }
 
-    /// Lets everything happen that can happen at this time.
+    /// Lets everything happen that can happen at this time; what was due first happens first.
     pub(super) fn settle(&mut self, now: u64) {
-        while (0..2).any(|at| self.step(at, now)) {}
+        loop {
+            let due = |at: usize| match self.ends[at].wait {
+                Some(Wait::Receive { until } | Wait::Answer { until }) => until,
+                None => 0,
+            };
+            let order = if due(0) <= due(1) { [0, 1] } else { [1, 0] };
+            if !order.into_iter().any(|at| self.step(at, now)) {
+                return;
+            }
+        }
     }
 
     fn step(&mut self, at: usize, now: u64) -> bool {
@@ -272,9 +280,8 @@ impl Model {
         match self.execute(at, send) {
             Outcome::Done(found) => self.succeed(at, send, &found),
             Outcome::Local(status) => self.fail(at, status),
-            Outcome::Silence if !self.is_reliable() => self.succeed(at, send, &[]),
+            Outcome::Silence | Outcome::NoReceive if !self.is_reliable() => self.succeed(at, send, &[]),
             Outcome::Silence => self.wait_answer(at, now),
-            Outcome::NoReceive if !self.is_reliable() => self.succeed(at, send, &[]),
             Outcome::NoReceive => self.wait_receive(at, now),
             Outcome::Refused(status, receive, event) => self.refused(at, send, status, receive, event),
         }
@@ -366,13 +373,12 @@ impl Model {
             None if send.opcode.writes_locally() => Vec::new(),
             None => self.ends[at].gather(&send.pieces),
         };
-        let reliable_or_connected = self.qp_type != QpType::Ud;
         let gids = [self.gids[at], self.gids[1 - at]];
         let peer = &mut self.ends[1 - at];
         if !peer.hears() {
             return Outcome::Silence;
         }
-        if !reliable_or_connected {
+        if self.qp_type == QpType::Ud {
             return if send.good_qkey { datagram(peer, send, &data, gids) } else { Outcome::Silence };
         }
         if peer.state == QpState::Rtr && !peer.established {
