@@ -1,7 +1,7 @@
 //! The manager: who its clients are, which command goes where, what is due when.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque, hash_map::Entry},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -36,6 +36,8 @@ pub struct Settings {
     pub seed: u64,
     /// Ids of one client, memberships in multicast groups counted in.
     pub ids: u32,
+    /// The same of one tenant.
+    pub tenant_ids: u32,
     /// Event channels of one client.
     pub channels: u32,
     /// The device's `enum ibv_mtu`.
@@ -73,6 +75,8 @@ pub struct Manager {
     addresses: HashMap<(u32, IpAddr), u32>,
     /// Ids that look for an address.
     pub(crate) resolving: BTreeSet<CommId>,
+    /// How many ids each tenant has.
+    ids_of: HashMap<u32, u32>,
     deadlines: BTreeSet<(Duration, CommId)>,
     outgoing: VecDeque<Message>,
     pub(crate) rings: Vec<(u32, u32)>,
@@ -93,6 +97,7 @@ impl Manager {
             asked: HashMap::new(),
             addresses: HashMap::new(),
             resolving: BTreeSet::new(),
+            ids_of: HashMap::new(),
             deadlines: BTreeSet::new(),
             outgoing: VecDeque::new(),
             rings: Vec::new(),
@@ -264,7 +269,12 @@ impl Manager {
         if known.numbers.len() + known.memberships.len() >= limit as usize {
             return Err(Refusal::TooMany);
         }
+        let of_tenant = self.ids_of.entry(known.place.tenant).or_default();
+        if *of_tenant >= self.settings.tenant_ids {
+            return Err(Refusal::TooMany);
+        }
         let number = known.numbers.take(comm, limit)?;
+        *of_tenant += 1;
         self.next_serial += 1;
         let mut id = Id::new(client, number, channel, space, qp_type);
         // Chosen now: the accepting end's QP is made ready before the application accepts.
@@ -298,6 +308,12 @@ impl Manager {
             self.asked.remove(&remote);
         }
         if let Some(client) = self.clients.get_mut(&id.client) {
+            if let Entry::Occupied(mut count) = self.ids_of.entry(client.place.tenant) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
             client.numbers.put(id.number);
             let gone: Vec<u32> =
                 client.memberships.iter().filter(|(_, m)| m.owner == comm).map(|(n, _)| n).collect();
@@ -429,6 +445,7 @@ impl Manager {
     pub fn is_empty(&self) -> bool {
         self.clients.is_empty()
             && self.ids.is_empty()
+            && self.ids_of.is_empty()
             && self.asked.is_empty()
             && self.listeners.is_empty()
             && self.addresses.is_empty()

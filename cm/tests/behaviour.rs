@@ -77,7 +77,7 @@ fn a_wildcard_takes_both_families_unless_told_otherwise() {
 
 #[test]
 fn ephemeral_ports_differ_and_run_out() {
-    let mut bed = Bed::with(Settings { seed: 3, ids: 60_000, channels: 4, mtu: 5 });
+    let mut bed = Bed::with(Settings { seed: 3, ids: 60_000, tenant_ids: 60_000, channels: 4, mtu: 5 });
     let mut ports = std::collections::BTreeSet::new();
     for round in 0.. {
         let id = bed.create(1, space::UDP);
@@ -306,12 +306,18 @@ fn a_flood_of_requests_is_bounded_and_harms_no_other_listener() {
 
 #[test]
 fn ids_and_channels_have_a_quota() {
-    let mut bed = Bed::with(Settings { seed: 1, ids: 3, channels: 2, mtu: 5 });
+    let mut bed = Bed::with(Settings { seed: 1, ids: 3, tenant_ids: 6, channels: 2, mtu: 5 });
     let ids: Vec<u32> = (0..3).map(|_| bed.create(1, space::TCP)).collect();
     let create = Command::CreateId { uid: 1, space: space::TCP, qp_type: 2 };
     assert_eq!(bed.ask(1, create.clone()), Err(Refusal::TooMany));
     bed.destroy(1, ids[1]);
     assert_eq!(bed.ask(1, create), Ok(CmAnswer::Id(ids[1])), "the lowest free number");
+    let of_others = (0..3).map(|_| bed.create(2, space::TCP)).count();
+    bed.open(3, place(0, 3, &["10.0.0.3"]));
+    let create = Command::CreateId { uid: 1, space: space::TCP, qp_type: 2 };
+    assert_eq!((of_others, bed.ask(3, create)), (3, Err(Refusal::TooMany)), "the tenant has six");
+    bed.open(4, place(1, 4, &["10.0.0.4"]));
+    bed.create(4, space::TCP);
     bed.manager.open_channel(1, 8).unwrap();
     assert_eq!(bed.manager.open_channel(1, 9), Err(Refusal::TooMany));
 }

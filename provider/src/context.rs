@@ -29,7 +29,7 @@ use crate::hooks::{self, CommandChannel};
 use crate::log::{self, Level};
 use crate::memory::Mover;
 use crate::router_link::{RouterLink, above_stdio};
-use crate::watch;
+use crate::watch::{self, Mortal};
 
 /// An opened device.
 #[derive(Debug)]
@@ -85,7 +85,8 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         welcome,
         arena,
     });
-    match watch::add(&context, context.link.fd()) {
+    let mortal: Arc<dyn Mortal> = Arc::clone(&context) as _;
+    match watch::add(&mortal, context.link.fd()) {
         Ok(ticket) => {
             *context.watched.lock().unwrap_or_else(PoisonError::into_inner) = Some(ticket);
         }
@@ -156,19 +157,6 @@ impl Context {
         self.bell.health()
     }
 
-    /// The router is gone: says so to whoever waits. What is outstanding is flushed when it is polled for.
-    pub(crate) fn router_died(&self) {
-        if !self.health().mark_dead() {
-            return;
-        }
-        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
-        for qp in self.events.elements().qps.values() {
-            qp.fail();
-        }
-        self.events.raise(EventType::DeviceFatal, 0);
-        self.channels.wake_all();
-    }
-
     /// Ends the client, although a completion channel that was not destroyed may keep this value alive.
     pub(crate) fn end(&self) {
         if self.health().is_child() {
@@ -179,6 +167,21 @@ impl Context {
             watch::remove(ticket);
         }
         self.link.end();
+    }
+}
+
+impl Mortal for Context {
+    /// The router is gone: says so to whoever waits. What is outstanding is flushed when it is polled for.
+    fn router_died(&self) {
+        if !self.health().mark_dead() {
+            return;
+        }
+        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
+        for qp in self.events.elements().qps.values() {
+            qp.fail();
+        }
+        self.events.raise(EventType::DeviceFatal, 0);
+        self.channels.wake_all();
     }
 }
 

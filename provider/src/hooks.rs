@@ -16,6 +16,7 @@
 //!
 //! The hooks are armed when libibverbs allocates the first of our devices: a process with none is left alone.
 
+mod rdmacm;
 pub(crate) mod registry;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -36,14 +37,20 @@ use crate::got::{self, Hook, Original};
 use crate::log::{self, Level};
 use registry::{Owner, Role};
 
-/// What an opened device does when libibverbs goes past its ops table. Called from any thread, with no lock held.
+/// What an opened device does when libibverbs goes past its ops table, and the connection manager's connection when
+/// librdmacm talks to the kernel: each has its own half. Called from any thread, with no lock held.
 pub(crate) trait CommandChannel: Send + Sync {
     /// `ibv_create_comp_channel`: `fd` is the new channel's eventfd, the number that the application will see. An
     /// error refuses the channel.
-    fn comp_channel_created(&self, fd: RawFd) -> Result<(), Errno>;
+    fn comp_channel_created(&self, fd: RawFd) -> Result<(), Errno> {
+        let _ = fd;
+        Err(Errno::BADF)
+    }
 
     /// `ibv_destroy_comp_channel`: `fd` is about to be closed.
-    fn comp_channel_closed(&self, fd: RawFd);
+    fn comp_channel_closed(&self, fd: RawFd) {
+        let _ = fd;
+    }
 
     /// A thread is about to read, and perhaps to sleep on, a completion channel or the async descriptor.
     fn before_wait(&self, fd: RawFd, role: Role) {
@@ -52,14 +59,36 @@ pub(crate) trait CommandChannel: Send + Sync {
 
     /// The next completion event of a channel, after one count was taken from its eventfd. `None` if there is none
     /// (it was revoked): the reader takes the next count or waits for it.
-    fn next_comp_event(&self, fd: RawFd) -> Result<Option<CompEventDesc>, Errno>;
+    fn next_comp_event(&self, fd: RawFd) -> Result<Option<CompEventDesc>, Errno> {
+        let _ = fd;
+        Err(Errno::BADF)
+    }
 
     /// The next async event, after one count was taken from the async descriptor; as for completion events.
-    fn next_async_event(&self) -> Result<Option<AsyncEventDesc>, Errno>;
+    fn next_async_event(&self) -> Result<Option<AsyncEventDesc>, Errno> {
+        Err(Errno::BADF)
+    }
 
     /// What a sysfs file of the device says, by its name below the device's directory (`ports/1/gids/0`); `None` to
     /// let the file itself answer. Asked of the device opened last, since libibverbs does not say for which.
-    fn sysfs(&self, file: &str) -> Option<String>;
+    fn sysfs(&self, file: &str) -> Option<String> {
+        let _ = file;
+        None
+    }
+
+    /// librdmacm wrote a command to the event channel `fd`.
+    ///
+    /// # Safety
+    /// The addresses in the command must be those of its reply and of its option.
+    unsafe fn manage(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
+        let _ = (fd, command);
+        Err(Errno::BADF)
+    }
+
+    /// librdmacm is about to close an event channel.
+    fn event_channel_closed(&self, fd: RawFd) {
+        let _ = fd;
+    }
 }
 
 static WRITE: Original = Original::new();
@@ -77,13 +106,6 @@ fn libibverbs_hooks() -> [Hook; 5] {
         hook(c"openat", hooked_openat as *const () as *const c_void, &OPENAT),
         hook(c"nl_connect", hooked_nl_connect as *const () as *const c_void, &NL_CONNECT),
     ]
-}
-
-/// The imports of librdmacm to rewrite. It talks to the rdma_cm device by `open`, `fstat`, `write` and `close`;
-/// until that is answered, only enumeration is kept with sysfs.
-fn librdmacm_hooks() -> [Hook; 1] {
-    let replacement = hooked_nl_connect as *const () as *const c_void;
-    [Hook { name: c"nl_connect", replacement, original: &NL_CONNECT }]
 }
 
 static ARMED: AtomicBool = AtomicBool::new(false);
@@ -112,7 +134,7 @@ pub(crate) fn arm(verbs: &Verbs) {
 /// anything that matters, however late it was loaded.
 fn scan_late_libraries() {
     let Some(librdmacm) = Library::find(LIBRDMACM) else { return };
-    if let Err(error) = got::patch(&librdmacm, &librdmacm_hooks()) {
+    if let Err(error) = got::patch(&librdmacm, &rdmacm::hooks()) {
         log::say(Level::Error, format_args!("{error}; rdma_cm will not work with ff0"));
     }
 }

@@ -33,6 +33,7 @@ mod poll;
 mod post;
 mod qp;
 mod router_link;
+mod ucma;
 mod watch;
 mod wr;
 

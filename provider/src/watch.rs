@@ -1,6 +1,6 @@
 //! Noticing the router's death: one thread a process, asleep in `poll` on the control sockets of its devices.
 //!
-//! It blocks all signals, lives while a device is open, and does nothing but tell a [`Context`] that its router is
+//! It blocks all signals, lives while a device is open, and does nothing but tell a [`Mortal`] that its router is
 //! gone. A child of fork has no such thread and starts one of its own when it opens a device.
 
 use std::io;
@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::context::Context;
 use crate::log::{self, Level};
 use crate::memory;
 
@@ -41,7 +40,13 @@ struct State {
 struct Watched {
     ticket: u64,
     socket: RawFd,
-    context: Weak<Context>,
+    mortal: Weak<dyn Mortal>,
+}
+
+/// What ends with its router.
+pub(crate) trait Mortal: std::fmt::Debug + Send + Sync {
+    /// The router is gone.
+    fn router_died(&self);
 }
 
 /// Names a watched device.
@@ -49,12 +54,12 @@ struct Watched {
 pub(crate) struct Ticket(u64);
 
 /// Starts to watch a device. Its socket must stay open until [`remove`].
-pub(crate) fn add(context: &Arc<Context>, socket: RawFd) -> io::Result<Ticket> {
+pub(crate) fn add(mortal: &Arc<dyn Mortal>, socket: RawFd) -> io::Result<Ticket> {
     let watch = current()?;
     let mut state = watch.state();
     let ticket = state.next_ticket;
     state.next_ticket += 1;
-    state.watched.push(Watched { ticket, socket, context: Arc::downgrade(context) });
+    state.watched.push(Watched { ticket, socket, mortal: Arc::downgrade(mortal) });
     if state.is_running {
         watch.wake();
     } else {
@@ -146,8 +151,8 @@ impl Watch {
                 state.watched.iter().map(|watched| watched.socket).collect()
             };
             self.sleep(&sockets);
-            for context in self.take_dead() {
-                context.router_died();
+            for mortal in self.take_dead() {
+                mortal.router_died();
             }
         }
     }
@@ -180,12 +185,12 @@ impl Watch {
     }
 
     /// Takes out the devices whose connection has ended.
-    fn take_dead(&self) -> Vec<Arc<Context>> {
+    fn take_dead(&self) -> Vec<Arc<dyn Mortal>> {
         let mut dead = Vec::new();
         self.state().watched.retain(|watched| {
             let ended = has_ended(watched.socket);
             if ended {
-                dead.extend(watched.context.upgrade());
+                dead.extend(watched.mortal.upgrade());
             }
             !ended
         });

@@ -71,6 +71,8 @@ pub struct Limits {
     /// Shared memory of one client's QPs and CQs in bytes.
     #[serde(deserialize_with = "bytes")]
     pub queues: u64,
+    /// Ids of rdma_cm of one process; a tenant has sixteen times as many. librdmacm itself ends at 65,536.
+    pub cm_ids: u32,
 }
 
 impl Default for Config {
@@ -99,6 +101,7 @@ impl Default for Limits {
             pds: 4096,
             channels: 1024,
             queues: arena::ARENA_LEN as u64,
+            cm_ids: 16_384,
         }
     }
 }
@@ -204,6 +207,7 @@ impl Limits {
             ("pds", u64::from(self.pds)),
             ("channels", u64::from(self.channels)),
             ("queues", self.queues),
+            ("cm_ids", u64::from(self.cm_ids)),
         ];
         let zero = quotas.iter().find(|(_, value)| *value == 0);
         zero.map(|(name, _)| format!("{of}.{name} = 0 would serve nobody; write at least 1"))
@@ -265,7 +269,7 @@ mod tests {
         let config = parse(
             "socket = '/run/x.sock'\nsocket_mode = '0660'\nlanes = 2\nidle_exit = 30\nlog = 'debug'\n\
              direct = false\n[limits]\nclients = 1\nqps = 2\ncqs = 3\nmrs = 4\nmemory = '64GiB'\n\
-             pds = 5\nchannels = 6\nqueues = '7KiB'",
+             pds = 5\nchannels = 6\nqueues = '7KiB'\ncm_ids = 8",
         )
         .unwrap();
         assert_eq!(config.socket.as_deref(), Some(Path::new("/run/x.sock")));
@@ -273,8 +277,17 @@ mod tests {
         assert_eq!(config.idle_exit(), Some(Duration::from_secs(30)));
         assert!(!config.direct);
         let memory = 64 << 30;
-        let limits =
-            Limits { clients: 1, qps: 2, cqs: 3, mrs: 4, memory, pds: 5, channels: 6, queues: 7 << 10 };
+        let limits = Limits {
+            clients: 1,
+            qps: 2,
+            cqs: 3,
+            mrs: 4,
+            memory,
+            pds: 5,
+            channels: 6,
+            queues: 7 << 10,
+            cm_ids: 8,
+        };
         assert_eq!(config.limits, limits);
     }
 

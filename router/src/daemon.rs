@@ -10,6 +10,7 @@
 //! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
 
 mod doors;
+mod manage;
 mod status;
 mod step;
 
@@ -35,6 +36,7 @@ use verbs_abi::{
 use crate::{
     account::Resource as Held,
     bell::Ringer,
+    broker::Broker,
     config::Config,
     error::DaemonError,
     guid,
@@ -119,6 +121,7 @@ pub struct Daemon {
     next_session: u32,
     clients: usize,
     max_clients: usize,
+    broker: Broker,
     /// Connections with a reply that was put off.
     waiting: Vec<u32>,
     /// Connections that have asked for the status too often.
@@ -176,6 +179,7 @@ impl Daemon {
             next_session: FIRST_SESSION,
             clients: 0,
             max_clients: config.limits.clients as usize,
+            broker: Broker::new(config.limits.cm_ids),
             waiting: Vec::new(),
             asking: Vec::new(),
             respite: None,
@@ -241,6 +245,7 @@ impl Daemon {
             }
             self.resume();
             self.recover();
+            self.tick_manager();
             if self.idle_left() == Some(Duration::ZERO) {
                 return Ok(End::Idle);
             }
@@ -252,7 +257,8 @@ impl Daemon {
         let now = Instant::now();
         let until = |moment: Instant| moment.saturating_duration_since(now);
         let waiting = (!self.waiting.is_empty() || !self.asking.is_empty()).then_some(SOON);
-        let earliest = [waiting, self.respite.map(until), self.idle_left()].into_iter().flatten().min()?;
+        let due = [waiting, self.respite.map(until), self.idle_left(), self.broker.idle()];
+        let earliest = due.into_iter().flatten().min()?;
         // Rounded up to what epoll can wait, lest it be asked again and again for the last microseconds.
         let earliest = earliest + Duration::from_millis(1);
         Some(Timespec { tv_sec: earliest.as_secs() as i64, tv_nsec: i64::from(earliest.subsec_nanos()) })
@@ -283,7 +289,7 @@ impl Daemon {
     /// The process at the other end is dead. A device ends with it; a silent connection may have been inherited.
     fn bury(&self, id: u32) -> Result<(), Parting> {
         let Some(session) = self.sessions.get(&id) else { return Ok(()) };
-        if session.client().is_some() {
+        if session.is_open() {
             return Err(Parting::Died);
         }
         if let Some(process) = session.peer().pidfd() {
@@ -298,6 +304,8 @@ impl Daemon {
         let Some((request, fds)) = session.receive()? else { return Ok(()) };
         match request {
             Request::Status => self.tell(id),
+            Request::CmHello { version } => self.open_manager(id, version),
+            Request::Cm(request) => self.manage(id, request, fds),
             Request::Hello { version, mode } => self.open(id, Hello { id, version, mode, fds }),
             request => {
                 if let Some(peer_qpn) = connects(&request) {
@@ -411,6 +419,9 @@ impl Daemon {
         if let Some(client) = session.client() {
             self.clients -= 1;
             tracing::debug!(client = client.id(), pid, %parting, "ended");
+        }
+        if session.manager().is_some() {
+            self.close_manager(id);
         }
         // A copy of the descriptors may live in another process, and then closing ours would not end the watch.
         let _ = epoll::delete(&self.epoll, &session);

@@ -6,12 +6,14 @@
 //! tenant, account, claims                   trust domains, quotas, addresses
 //! arena, region, memory                    what a client shares, and how the engine reaches it
 //! bell       rings clients                 client    asks a running router (command line)
+//! broker     rdma_cm: the `cm` crate with a clock
 //! ```
 
 mod account;
 mod addresses;
 mod arena;
 mod bell;
+mod broker;
 mod claims;
 pub mod client;
 pub mod config;

@@ -40,6 +40,16 @@ pub(crate) fn fill<'a>(
     status.qps.sort_by_key(|qp| qp.qpn);
 }
 
+/// A port space of rdma_cm, as people write it.
+pub(crate) fn port_space(space: u16) -> &'static str {
+    match space {
+        cm::space::TCP => "tcp",
+        cm::space::UDP => "udp",
+        cm::space::IPOIB => "ipoib",
+        _ => "ib",
+    }
+}
+
 fn queue_pair(qp: &QpSnapshot) -> Qp {
     let connected = qp.peer_qpn != 0;
     let transport = QpType::try_from(qp.qp_type).map_or("?", QpType::name);

@@ -26,6 +26,24 @@ pub struct Status {
     pub clients: Vec<Client>,
     /// Queue pairs of all clients, by number.
     pub qps: Vec<Qp>,
+    /// Who listens by rdma_cm, by address.
+    pub listeners: Vec<Listener>,
+}
+
+/// A listening id of rdma_cm.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Listener {
+    /// Trust domain.
+    pub tenant: String,
+    /// Process id in the router's PID namespace; 0 where the router cannot see the process.
+    pub pid: u32,
+    /// User id of the process.
+    pub uid: u32,
+    /// Port space: `tcp`, `udp`, `ipoib` or `ib`.
+    pub space: String,
+    /// Address and port; the wildcard stands for all addresses of the process's network namespace.
+    pub address: String,
 }
 
 /// One data-path thread.

@@ -124,11 +124,31 @@ impl Bed {
     /// Starts a tool as server and, once that listens, as client.
     pub fn start_pair(&self, tool: &Tool, limit: Duration) -> Result<Pair> {
         let port = free_port()?;
-        let server = Job::spawn(self.command(&self.server, &tool.words(port, None)), limit)?;
-        let server = wait_until_it_listens(server, self.server.resident, port)?;
+        let words = tool.words(port, None);
+        let server = if tool.connects_by_name() {
+            self.start_cm_server(&words, port, limit)?
+        } else {
+            let server = Job::spawn(self.command(&self.server, &words), limit)?;
+            wait_until_it_listens(server, self.server.resident, port)?
+        };
         let words = tool.words(port, Some(&self.server.address));
         let client = Job::spawn(self.command(&self.client, &words), limit)?;
         Ok(Pair { server, client })
+    }
+
+    /// Starts a server that listens by rdma_cm and waits until the router lists it.
+    pub fn start_cm_server(&self, words: &[String], port: u16, limit: Duration) -> Result<Job> {
+        let mut server = Job::spawn(self.command(&self.server, words), limit)?;
+        let start = Instant::now();
+        while !self.router.lists(port)? {
+            interrupt::check()?;
+            if server.has_ended()? || start.elapsed() > LISTEN_LIMIT {
+                let outcome = server.stop(Duration::ZERO)?;
+                bail!("the server never listened on port {port} of rdma_cm: {}", outcome.report());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(server)
     }
 
     /// Runs a tool between the two places.
@@ -153,6 +173,11 @@ impl Tool {
             program: program.to_owned(),
             options: options.iter().map(|&option| option.to_owned()).collect(),
         }
+    }
+
+    /// Whether it meets its peer by rdma_cm; then no TCP port shows that it listens.
+    fn connects_by_name(&self) -> bool {
+        self.options.iter().any(|option| option == "-R")
     }
 
     fn words(&self, port: u16, peer: Option<&str>) -> Vec<String> {

@@ -9,11 +9,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
     interrupt,
-    process::{Job, command},
+    process::{Job, command, run},
     tree::Tree,
 };
 
@@ -29,6 +30,7 @@ pub struct Router {
     // Declared before the directory: the process ends before its socket goes.
     job: Option<Job>,
     socket: PathBuf,
+    program: PathBuf,
     _dir: TempDir,
 }
 
@@ -46,7 +48,7 @@ impl Router {
         let mut command = command([tree.program()]);
         command.args(["router", "--idle-exit", IDLE_EXIT, "--socket"]).arg(&socket);
         let job = Job::spawn(command, LIFE_LIMIT)?;
-        let mut router = Self { job: Some(job), socket, _dir: dir };
+        let mut router = Self { job: Some(job), socket, program: tree.program(), _dir: dir };
         router.wait_until_it_answers()?;
         Ok(router)
     }
@@ -54,6 +56,17 @@ impl Router {
     /// The socket that clients connect to.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Whether somebody listens by rdma_cm on a port.
+    pub fn lists(&self, port: u16) -> Result<bool> {
+        let mut ask = command([&self.program]);
+        ask.args(["status", "--json", "--socket"]).arg(&self.socket);
+        let status: Value = serde_json::from_str(&run(ask, START_LIMIT)?.stdout)?;
+        let listeners = status["listeners"].as_array().context("the status names no listeners")?;
+        let suffix = format!(":{port}");
+        let listens = |address: &Value| address.as_str().is_some_and(|text| text.ends_with(&suffix));
+        Ok(listeners.iter().any(|listener| listens(&listener["address"])))
     }
 
     /// The router's process.

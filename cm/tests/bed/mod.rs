@@ -34,7 +34,7 @@ pub(crate) fn ip(text: &str) -> Address {
 impl Bed {
     /// Client 1 at 10.0.0.1 and client 2 at 10.0.0.2, in namespaces of their own, each with a channel.
     pub(crate) fn new() -> Bed {
-        Bed::with(Settings { seed: 1, ids: 4000, channels: 4, mtu: 5 })
+        Bed::with(Settings { seed: 1, ids: 4000, tenant_ids: 60_000, channels: 4, mtu: 5 })
     }
 
     pub(crate) fn with(settings: Settings) -> Bed {

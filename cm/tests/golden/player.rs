@@ -23,7 +23,7 @@ const PATIENCE: usize = 10_000;
 
 /// Replays the recordings of several processes against one manager.
 pub(crate) fn play(name: &str, files: &[&str]) {
-    let settings = Settings { seed: 7, ids: 100, channels: 20, mtu: 3 };
+    let settings = Settings { seed: 7, ids: 100, tenant_ids: 60_000, channels: 20, mtu: 3 };
     let mut stage = Stage { manager: Manager::new(settings), chosen: HashMap::new() };
     let mut processes: Vec<Process> = files.iter().zip(1..).map(|(file, n)| Process::load(file, n)).collect();
     for process in &processes {

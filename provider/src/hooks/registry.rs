@@ -9,10 +9,12 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, c_int};
 use std::mem::ManuallyDrop;
 use std::os::fd::RawFd;
+use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::CommandChannel;
+use crate::ucma::Manager;
 
 /// What a descriptor of an opened device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) enum Role {
     Async,
     /// `ibv_comp_channel.fd`.
     Completion,
+    /// `rdma_event_channel.fd`.
+    EventChannel,
 }
 
 /// Whose a descriptor is.
@@ -64,10 +68,31 @@ struct Registry {
     opened: Vec<RawFd>,
     /// The sysfs directories of our devices, each with a slash at its end.
     directories: Vec<CString>,
+    manager: Option<Shared>,
 }
 
-static REGISTRY: RwLock<Registry> =
-    RwLock::new(Registry { descriptors: BTreeMap::new(), opened: Vec::new(), directories: Vec::new() });
+/// The connection to the connection manager, for all who use it.
+struct Shared {
+    /// As in [`Entry`].
+    manager: ManuallyDrop<Arc<Manager>>,
+    generation: u64,
+    users: usize,
+}
+
+impl Shared {
+    /// What is left to drop of one that is not used any more.
+    fn into_manager(self) -> Option<Arc<Manager>> {
+        let ours = self.generation == GENERATION.load(Ordering::Relaxed);
+        ours.then(|| ManuallyDrop::into_inner(self.manager))
+    }
+}
+
+static REGISTRY: RwLock<Registry> = RwLock::new(Registry {
+    descriptors: BTreeMap::new(),
+    opened: Vec::new(),
+    directories: Vec::new(),
+    manager: None,
+});
 
 /// How many forks lie between this process and the one that loaded the provider.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
@@ -112,6 +137,43 @@ pub(crate) fn remove(fd: RawFd) -> Option<(Role, Owner)> {
     }
     drop(registry);
     Some((entry.role, entry.into_owner()))
+}
+
+/// The same if it is used for this.
+pub(crate) fn remove_if(fd: RawFd, role: Role) -> Option<(Role, Owner)> {
+    let known = read().descriptors.get(&fd).is_some_and(|entry| entry.role == role);
+    if known { remove(fd) } else { None }
+}
+
+/// One more user of the process's connection to the connection manager: of the one there is, else of `new`.
+pub(crate) fn join_manager(new: Option<Arc<Manager>>) -> Option<Arc<Manager>> {
+    let mut registry = write();
+    let generation = GENERATION.load(Ordering::Relaxed);
+    if let Some(shared) = registry.manager.as_mut()
+        && shared.generation == generation
+        && shared.manager.is_usable()
+    {
+        shared.users += 1;
+        return Some(Arc::clone(&shared.manager));
+    }
+    let manager = new?;
+    let shared = Shared { manager: ManuallyDrop::new(Arc::clone(&manager)), generation, users: 1 };
+    let old = registry.manager.replace(shared);
+    drop(registry);
+    drop(old.and_then(Shared::into_manager));
+    Some(manager)
+}
+
+/// One user less.
+pub(crate) fn leave_manager(manager: &Manager) {
+    let mut registry = write();
+    let Some(shared) = registry.manager.as_mut().filter(|shared| ptr::eq(&**shared.manager, manager)) else {
+        return;
+    };
+    shared.users -= 1;
+    let last = if shared.users == 0 { registry.manager.take() } else { None };
+    drop(registry);
+    drop(last.and_then(Shared::into_manager));
 }
 
 /// The device opened last of those that are still open.

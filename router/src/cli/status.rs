@@ -90,6 +90,9 @@ fn text(status: &Status) -> String {
     let columns =
         ["QPN", "CLIENT", "TYPE", "STATE", "MODE", "TX MSGS", "TX BYTES", "RX MSGS", "RX BYTES", "PEER"];
     table(&mut text, "queue pairs", &columns, qps);
+    let listeners = status.listeners.iter();
+    let listeners = listeners.map(|l| vec![l.pid.to_string(), l.space.clone(), l.address.clone()]).collect();
+    table(&mut text, "rdma_cm listeners", &["PID", "SPACE", "ADDRESS"], listeners);
     text
 }
 

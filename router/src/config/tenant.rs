@@ -94,6 +94,7 @@ impl Overrides {
             channels: self.channels.unwrap_or(limits.channels),
             memory: self.memory.unwrap_or(limits.memory),
             queues: self.queues.unwrap_or(limits.queues),
+            cm_ids: limits.cm_ids,
         }
     }
 }

@@ -10,7 +10,7 @@ use super::Daemon;
 use crate::{
     report, segment,
     session::{Parting, Session},
-    status::Status,
+    status::{Listener, Status},
 };
 
 /// QPs that are looked at with the lane waiting.
@@ -60,7 +60,22 @@ impl Daemon {
         for client in &mut status.clients {
             client.lane_use = lane.with(|fabric| fabric.lane_use(client.id as u32));
         }
+        status.listeners = self.listeners(sees);
         status
+    }
+
+    /// The listeners of rdma_cm of those whom `sees` allows.
+    fn listeners(&self, sees: impl Fn(&&Session) -> bool) -> Vec<Listener> {
+        let listeners = self.broker.listeners().filter_map(|listener| {
+            let session = self.sessions.get(&listener.client).filter(|session| sees(session))?;
+            let (tenant, peer) = (session.tenant().name.clone(), session.peer());
+            let (space, address) =
+                (report::port_space(listener.space).to_owned(), listener.address.to_string());
+            Some(Listener { tenant, pid: peer.pid, uid: peer.uid, space, address })
+        });
+        let mut listeners: Vec<Listener> = listeners.collect();
+        listeners.sort_by(|a, b| (&a.address, a.pid).cmp(&(&b.address, b.pid)));
+        listeners
     }
 
     /// All QPs, looked at bit by bit.

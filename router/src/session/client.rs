@@ -217,7 +217,9 @@ impl Client {
             Request::QueryQp { qpn } => self.query_qp(*qpn),
             Request::DestroyQp { qpn } => return self.destroy_qp(*qpn, last),
             // The session and the daemon answer these themselves.
-            Request::Hello { .. } | Request::Status => Err(Errno::INVAL.raw_os_error()),
+            Request::Hello { .. } | Request::Status | Request::CmHello { .. } | Request::Cm(_) => {
+                Err(Errno::INVAL.raw_os_error())
+            }
         };
         Step::Done(reply)
     }

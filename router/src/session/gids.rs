@@ -10,7 +10,7 @@ use verbs_abi::proto::Gid;
 use crate::{
     addresses,
     claims::{Claimant, Claims},
-    identity::Peer,
+    identity::{Namespace, Peer},
     tenant::Tenant,
 };
 
@@ -29,6 +29,7 @@ pub(super) struct Gids {
     /// Claimed, and to be given back.
     held: Vec<Gid>,
     table: Vec<Gid>,
+    namespace: Namespace,
     read_at: Instant,
     pause: Duration,
 }
@@ -42,6 +43,7 @@ impl Gids {
             claims: Arc::clone(claims),
             held: Vec::new(),
             table: addresses::loopback(),
+            namespace: Namespace::Unknown { client },
             read_at: Instant::now(),
             pause: Duration::ZERO,
         };
@@ -52,6 +54,11 @@ impl Gids {
     /// The table.
     pub(super) fn table(&self) -> &[Gid] {
         &self.table
+    }
+
+    /// The namespace whose addresses they are.
+    pub(super) fn namespace(&self) -> Namespace {
+        self.namespace
     }
 
     /// How long ago the addresses were read.
@@ -69,13 +76,14 @@ impl Gids {
         let found = peer.gids(self.client);
         (self.read_at, self.pause) = (Instant::now(), PAUSE.max(start.elapsed() * SHARE));
         let Some((wanted, namespace)) = found else { return false };
+        let has_moved = std::mem::replace(&mut self.namespace, namespace) != namespace;
         let table = if self.tenant.has_prefixes() {
             let by = Claimant { tenant: self.tenant.index, namespace };
             self.grant(&wanted, by, peer.pid)
         } else {
             wanted
         };
-        let is_changed = table != self.table;
+        let is_changed = has_moved || table != self.table;
         self.table = table;
         is_changed
     }

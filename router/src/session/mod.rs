@@ -7,6 +7,7 @@
 mod client;
 mod gids;
 mod keys;
+mod manager;
 mod mr;
 mod mw;
 mod queues;
@@ -18,11 +19,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use verbs_abi::proto::{Endpoint, ProtoError, Reply, Request};
+use cm::Place;
+use verbs_abi::proto::{Endpoint, ProtoError, Reply, Request, cm::CmRequest};
 
 use crate::{identity::Peer, tenant::Tenant};
 
 pub(crate) use client::{Client, Hello, Terms, mode_name};
+pub(crate) use manager::CmClient;
 
 /// How long the reply to a request is put off because a direct peer is in the middle of something, and stands still.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -79,6 +82,8 @@ pub(crate) struct Session {
     tenant: Arc<Tenant>,
     /// The device it opened.
     client: Option<Client>,
+    /// The event channels, if it uses the connection manager in place of a device.
+    manager: Option<CmClient>,
     /// A request whose reply is put off, and since when.
     pending: Option<(Request, Instant)>,
 }
@@ -88,7 +93,7 @@ impl Session {
     pub(crate) fn new(socket: OwnedFd, tenant: &Arc<Tenant>) -> io::Result<Self> {
         let peer = Peer::of(&socket)?;
         let tenant = Arc::clone(tenant);
-        Ok(Self { endpoint: Endpoint::new(socket), peer, tenant, client: None, pending: None })
+        Ok(Self { endpoint: Endpoint::new(socket), peer, tenant, client: None, manager: None, pending: None })
     }
 
     /// By whose socket it came.
@@ -104,6 +109,32 @@ impl Session {
     /// The device it opened.
     pub(crate) fn client(&self) -> Option<&Client> {
         self.client.as_ref()
+    }
+
+    /// Whether it said Hello.
+    pub(crate) fn is_open(&self) -> bool {
+        self.client.is_some() || self.manager.is_some()
+    }
+
+    /// Its event channels.
+    pub(crate) fn manager(&self) -> Option<&CmClient> {
+        self.manager.as_ref()
+    }
+
+    /// The same, to change them.
+    pub(crate) fn manager_mut(&mut self) -> Option<&mut CmClient> {
+        self.manager.as_mut()
+    }
+
+    /// Lets it use the connection manager. Where it lives; EUSERS beyond its tenant's quotas.
+    pub(crate) fn open_manager(&mut self, terms: &Terms, id: u32) -> Result<Place, i32> {
+        let manager = CmClient::new(terms, &self.tenant, &self.peer, id)?;
+        Ok(self.manager.insert(manager).place())
+    }
+
+    /// Where the user of the connection manager lives, if its addresses are older than `age` and others now.
+    pub(crate) fn moved(&mut self, age: Duration) -> Option<Place> {
+        self.manager.as_mut()?.moved(&self.peer, age)
     }
 
     /// How long ago the addresses of its device were read; without a device they never are.
@@ -128,14 +159,20 @@ impl Session {
         };
         let right = match request {
             Request::Hello { .. } => matches!(fds.len(), 1 | 2),
-            Request::CreateChannel => fds.len() == 1,
+            Request::CreateChannel | Request::Cm(CmRequest::OpenChannel) => fds.len() == 1,
             _ => fds.is_empty(),
         };
-        match (&request, self.client.is_some()) {
+        match &request {
             _ if !right => Err(Parting::Descriptors(fds.len())),
-            (Request::Hello { .. }, true) => Err(Parting::Order("a second Hello")),
-            (Request::Hello { .. } | Request::Status, _) | (_, true) => Ok(Some((request, fds))),
-            (_, false) => Err(Parting::Order("a request before Hello")),
+            Request::Status => Ok(Some((request, fds))),
+            Request::Hello { .. } | Request::CmHello { .. } if self.is_open() => {
+                Err(Parting::Order("a second Hello"))
+            }
+            Request::Hello { .. } | Request::CmHello { .. } => Ok(Some((request, fds))),
+            Request::Cm(_) if self.manager.is_some() => Ok(Some((request, fds))),
+            Request::Cm(_) => Err(Parting::Order("rdma_cm before its Hello")),
+            _ if self.client.is_some() => Ok(Some((request, fds))),
+            _ => Err(Parting::Order("a request before Hello")),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cm::{CmAnswer, CmRequest};
 use crate::shm::queue::Geometry;
 
 /// A 16-byte GID in network order.
@@ -106,6 +107,13 @@ pub enum Request {
     },
     /// What `freeflow status` shows. Allowed as the first request. The reply's descriptor holds JSON.
     Status,
+    /// Opens the connection manager for a process, in place of a device. Answered by [`Answer::CmWelcome`].
+    CmHello {
+        /// [`crate::shm::LAYOUT_VERSION`] of the client.
+        version: u32,
+    },
+    /// Asks the connection manager, after [`Request::CmHello`]. Answered by [`Answer::Handle`] or [`Answer::Cm`].
+    Cm(CmRequest),
 }
 
 /// The length that stands for all of a process, in an on-demand registration from address 0.
@@ -282,6 +290,13 @@ pub enum Answer {
     Direct(DirectPeer),
     /// To [`Request::QueryQp`].
     Attr(QpAttr),
+    /// To [`Request::CmHello`].
+    CmWelcome {
+        /// Node GUID of this router's device, network order.
+        guid: [u8; 8],
+    },
+    /// To [`Request::Cm`].
+    Cm(CmAnswer),
 }
 
 /// To [`Request::Hello`].

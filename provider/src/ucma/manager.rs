@@ -1,0 +1,230 @@
+//! The connection to the router's connection manager: one a process, for all its event channels.
+//!
+//! An event channel is an event counter of the process's own, which the router adds to: so it blocks, polls, sits in
+//! epoll sets and takes O_NONBLOCK as any descriptor does. A count leads to an event unless the event was taken back
+//! or another thread was faster; then the reader waits for the next count.
+
+use std::collections::HashMap;
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::ReadWriteFlags;
+use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command};
+use verbs_abi::proto::{Answer, Request};
+use verbs_abi::shm::LAYOUT_VERSION;
+
+use super::decode::{self, Shape, What, Written};
+use super::encode;
+use crate::abi::edge::Errno;
+use crate::context::OpenError;
+use crate::health::Health;
+use crate::hooks::{CommandChannel, event_counter, registry};
+use crate::log::{self, Level};
+use crate::router_link::{RouterLink, above_stdio};
+use crate::watch::{self, Mortal};
+
+/// The connection.
+#[derive(Debug)]
+pub(crate) struct Manager {
+    link: RouterLink,
+    health: Arc<Health>,
+    guid: [u8; 8],
+    /// The router's names of the channels.
+    channels: Mutex<HashMap<RawFd, u32>>,
+    watched: Mutex<Option<watch::Ticket>>,
+}
+
+/// The process's connection, made now if there is none. Whoever has it gives it back by [`registry::leave_manager`].
+pub(crate) fn adopt() -> Result<Arc<Manager>, Errno> {
+    if let Some(manager) = registry::join_manager(None) {
+        return Ok(manager);
+    }
+    let manager = Manager::connect().map_err(|error| {
+        log::say(Level::Error, format_args!("cannot use rdma_cm: {error}"));
+        error.errno()
+    })?;
+    // Another thread may have been faster; then its connection is the one.
+    registry::join_manager(Some(manager)).ok_or(Errno::NODEV)
+}
+
+impl Manager {
+    fn connect() -> Result<Arc<Manager>, OpenError> {
+        let system = |source| OpenError::System { what: "watch for forks", source };
+        let health = Arc::new(Health::new().map_err(system)?);
+        let link = RouterLink::connect(Arc::clone(&health))?;
+        let (answer, _) = link.hello(&Request::CmHello { version: LAYOUT_VERSION }, &[])?;
+        let Answer::CmWelcome { guid } = answer else {
+            return Err(OpenError::Version { path: link.path().to_owned() });
+        };
+        let manager =
+            Arc::new(Manager { link, health, guid, channels: Mutex::default(), watched: Mutex::default() });
+        let mortal: Arc<dyn Mortal> = Arc::clone(&manager) as _;
+        match watch::add(&mortal, manager.link.fd()) {
+            Ok(ticket) => *lock(&manager.watched) = Some(ticket),
+            // Everything works but hearing of the router's death while asleep.
+            Err(error) => log::say(Level::Warn, format_args!("cannot start a thread: {error}")),
+        }
+        Ok(manager)
+    }
+
+    /// Whether it can still be asked.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.health.is_dead() && !self.health.is_child()
+    }
+
+    /// A new event channel's descriptor.
+    pub(crate) fn open_channel(&self) -> Result<OwnedFd, Errno> {
+        let counter = above_stdio(event_counter()?)?;
+        let channel = self.link.handle(&Request::Cm(CmRequest::OpenChannel), &[counter.as_fd()])?;
+        lock(&self.channels).insert(counter.as_raw_fd(), channel);
+        Ok(counter)
+    }
+
+    fn channel(&self, fd: RawFd) -> Result<u32, Errno> {
+        lock(&self.channels).get(&fd).copied().ok_or(Errno::BADF)
+    }
+
+    fn ask(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
+        let channel = self.channel(fd)?;
+        match self.link.ask(&Request::Cm(CmRequest::Ask { channel, command }), &[])? {
+            (Answer::Cm(answer), _) => Ok(answer),
+            _ => Err(Errno::PROTO),
+        }
+    }
+
+    /// The next event, which the caller waits for unless the descriptor does not block.
+    fn next_event(&self, fd: RawFd) -> Result<CmAnswer, Errno> {
+        loop {
+            self.health.check_owner()?;
+            // SAFETY: the caller is using the descriptor, which therefore is open.
+            let counter = unsafe { BorrowedFd::borrow_raw(fd) };
+            rustix::io::read(counter, &mut [0; 8])?;
+            match self.ask(fd, Command::NextEvent)? {
+                CmAnswer::Event(None) => {}
+                answer => return Ok(answer),
+            }
+        }
+    }
+
+    fn migrate(&self, id: u32, from: RawFd, to: RawFd) -> Result<CmAnswer, Errno> {
+        // As Linux answers for a descriptor that is none, or is no event channel.
+        let other = self.channel(from).map_err(|_| Errno::NOENT)?;
+        let answer = self.ask(to, Command::MigrateId { id, from: other })?;
+        take_back(from, &answer);
+        Ok(answer)
+    }
+
+    /// Executes what was written.
+    ///
+    /// # Safety
+    /// An option's address must be readable for its length.
+    unsafe fn execute(&self, fd: RawFd, what: What) -> Result<CmAnswer, Errno> {
+        match what {
+            What::NextEvent => self.next_event(fd),
+            What::Migrate { id, from } => self.migrate(id, from, fd),
+            What::SetOption { id, level, name, value, len } => {
+                if value == 0 {
+                    return Err(Errno::FAULT);
+                }
+                // SAFETY: the caller's promise.
+                let bytes = unsafe { std::slice::from_raw_parts(value as *const u8, len as usize) };
+                let option = decode::option(level, name, bytes)?;
+                self.ask(fd, Command::SetOption { id, option })
+            }
+            What::Ask(Command::Bind { address: Address::Ib(_), .. }) if older_dialect() => Err(Errno::INVAL),
+            What::Ask(command) => {
+                let answer = self.ask(fd, command)?;
+                take_back(fd, &answer);
+                Ok(answer)
+            }
+        }
+    }
+}
+
+/// Whether librdmacm shall use the older dialect of the two that it has: it asks, by binding to an InfiniBand address,
+/// and a refusal means yes.
+fn older_dialect() -> bool {
+    std::env::var_os("FREEFLOW_CM_DIALECT").is_some_and(|word| word == "ip")
+}
+
+/// Takes the counts of events back that are no more. Never waits: another reader may have taken them already.
+fn take_back(fd: RawFd, answer: &CmAnswer) {
+    let CmAnswer::Reported { revoked, .. } = answer else { return };
+    // SAFETY: the caller is using the descriptor, which therefore is open.
+    let counter = unsafe { BorrowedFd::borrow_raw(fd) };
+    for _ in 0..*revoked {
+        let mut count = [0; 8];
+        let taken = rustix::io::preadv2(
+            counter,
+            &mut [IoSliceMut::new(&mut count)],
+            u64::MAX,
+            ReadWriteFlags::NOWAIT,
+        );
+        if taken.is_err() {
+            break;
+        }
+    }
+}
+
+impl CommandChannel for Manager {
+    unsafe fn manage(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
+        self.health.check_owner()?;
+        let Written { what, shape, response, room } = decode::decode(command)?;
+        // SAFETY: the caller's promise.
+        let answer = unsafe { self.execute(fd, what)? };
+        let (reply, least) = encode::encode(shape, &answer, self.guid)?;
+        if shape == Shape::None {
+            return Ok(());
+        }
+        if usize::from(room) < least {
+            return Err(Errno::NOSPC);
+        }
+        if response == 0 {
+            return Err(Errno::FAULT);
+        }
+        let len = reply.len().min(room.into());
+        // SAFETY: the caller's promise, and no more than the command has room for.
+        unsafe { std::ptr::copy_nonoverlapping(reply.as_ptr(), response as *mut u8, len) };
+        Ok(())
+    }
+
+    fn event_channel_closed(&self, fd: RawFd) {
+        let channel = lock(&self.channels).remove(&fd);
+        if let Some(channel) = channel.filter(|_| self.is_usable()) {
+            let _ = self.link.release(&Request::Cm(CmRequest::CloseChannel { channel }));
+        }
+        registry::leave_manager(self);
+    }
+}
+
+impl Mortal for Manager {
+    /// Wakes whoever waits for an event: there will be none, and asking says so.
+    fn router_died(&self) {
+        if !self.health.mark_dead() {
+            return;
+        }
+        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
+        for fd in lock(&self.channels).keys() {
+            // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
+            let counter = unsafe { BorrowedFd::borrow_raw(*fd) };
+            let _ = rustix::io::write(counter, &1_u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        if self.health.is_child() {
+            return;
+        }
+        if let Some(ticket) = lock(&self.watched).take() {
+            watch::remove(ticket);
+        }
+        self.link.end();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,118 @@
+//! The daemon's part in the connection manager: who asks, and whose event counters to ring.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use verbs_abi::{
+    proto::{
+        Answer, Reply,
+        cm::{CmRequest, Command},
+    },
+    shm::LAYOUT_VERSION,
+};
+
+use super::{ADDRESS_AGE, Daemon, REFRESHED};
+use crate::session::Parting;
+
+impl Daemon {
+    /// Opens the connection manager for a process.
+    pub(super) fn open_manager(&mut self, id: u32, version: u32) -> Result<(), Parting> {
+        let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
+        let refusal = if !session.tenant().opens_devices {
+            Some((Errno::ACCESS, "this socket is the operator's; tenants have sockets of their own"))
+        } else if version != LAYOUT_VERSION {
+            Some((Errno::PROTONOSUPPORT, "its provider is of another version"))
+        } else if !session.peer().is_alive() {
+            // Who inherited a connection is not whom the kernel named.
+            Some((Errno::SRCH, "the process is gone"))
+        } else {
+            None
+        };
+        let opened = match refusal {
+            Some((errno, why)) => {
+                session.tenant().complain("rdma_cm was refused", session.peer().pid, &why);
+                Err(errno.raw_os_error())
+            }
+            None => session.open_manager(&self.terms, id),
+        };
+        let reply = opened.map(|place| {
+            self.broker.open(id, place);
+            Answer::CmWelcome { guid: self.terms.guid }
+        });
+        tracing::debug!(client = id, pid = session.peer().pid, ok = reply.is_ok(), "opened rdma_cm");
+        session.send(&reply, &[])
+    }
+
+    /// Asks the connection manager.
+    pub(super) fn manage(&mut self, id: u32, request: CmRequest, fds: Vec<OwnedFd>) -> Result<(), Parting> {
+        let reply = match request {
+            CmRequest::OpenChannel => self.open_channel(id, fds),
+            CmRequest::CloseChannel { channel } => {
+                self.broker.close_channel(id, channel);
+                if let Some(manager) = self.sessions.get_mut(&id).and_then(|session| session.manager_mut()) {
+                    manager.remove(channel);
+                }
+                Ok(Answer::Done)
+            }
+            CmRequest::Ask { channel, command } => {
+                if depends_on_addresses(&command) {
+                    self.refresh_places(id);
+                }
+                self.broker.ask(id, channel, command).map(Answer::Cm)
+            }
+        };
+        self.ring_managers();
+        self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[]))
+    }
+
+    fn open_channel(&mut self, id: u32, fds: Vec<OwnedFd>) -> Reply {
+        let manager = self.sessions.get_mut(&id).and_then(|session| session.manager_mut());
+        let manager = manager.ok_or(Errno::INVAL.raw_os_error())?;
+        let channel = manager.add(fds)?;
+        self.broker.open_channel(id, channel).inspect_err(|_| manager.remove(channel))?;
+        Ok(Answer::Handle(channel))
+    }
+
+    /// Reads the addresses again that were not read for a while: of a client, and of some others of its tenant, of
+    /// whom one may have the address that it asks for.
+    fn refresh_places(&mut self, id: u32) {
+        let Some(tenant) = self.sessions.get(&id).map(|session| session.tenant().index) else { return };
+        let stale = self.sessions.iter().filter(|(_, session)| {
+            session.tenant().index == tenant && session.manager().is_some_and(|m| m.age() >= ADDRESS_AGE)
+        });
+        let mut stale: Vec<u32> = stale.map(|(id, _)| *id).take(REFRESHED).collect();
+        stale.push(id);
+        for id in stale {
+            if let Some(place) = self.sessions.get_mut(&id).and_then(|session| session.moved(ADDRESS_AGE)) {
+                self.broker.open(id, place);
+            }
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn tick_manager(&mut self) {
+        if self.broker.idle().is_some_and(|idle| idle.is_zero()) {
+            self.broker.tick();
+            self.ring_managers();
+        }
+    }
+
+    /// A process with the connection manager is gone.
+    pub(super) fn close_manager(&mut self, id: u32) {
+        self.broker.close(id);
+        self.ring_managers();
+    }
+
+    /// Adds one to an event counter for each queued event.
+    fn ring_managers(&mut self) {
+        for (id, channel) in self.broker.take_rings() {
+            if let Some(manager) = self.sessions.get(&id).and_then(|session| session.manager()) {
+                manager.ring(channel);
+            }
+        }
+    }
+}
+
+fn depends_on_addresses(command: &Command) -> bool {
+    matches!(command, Command::Bind { .. } | Command::ResolveAddr { .. } | Command::JoinMulticast { .. })
+}
