@@ -24,7 +24,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 const TOOLS: &[(&str, &str, &str)] = &[
     ("rping", "rping -s -p PORT -C 20 -v -V", "rping -c -a ADDR -p PORT -C 20 -v -V"),
     ("rping on one address", "rping -s -a ADDR -p PORT -C 5 -V", "rping -c -a ADDR -p PORT -C 5 -V"),
-    ("rping of 65,000 bytes", "rping -s -p PORT -C 5 -V -S 65000", "rping -c -a ADDR -p PORT -C 5 -V -S 65000"),
+    (
+        "rping of 65,000 bytes",
+        "rping -s -p PORT -C 5 -V -S 65000",
+        "rping -c -a ADDR -p PORT -C 5 -V -S 65000",
+    ),
     ("rping with its own QP", "rping -s -p PORT -C 5 -V -q", "rping -c -a ADDR -p PORT -C 5 -V -q"),
     ("rping in the older dialect", "OLD rping -s -p PORT -C 5 -V", "OLD rping -c -a ADDR -p PORT -C 5 -V"),
     ("ucmatose", "ucmatose -p PORT", "ucmatose -p PORT -s ADDR"),
