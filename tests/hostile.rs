@@ -32,6 +32,8 @@ mod races;
 mod rig;
 #[path = "hostile/sizes.rs"]
 mod sizes;
+#[path = "hostile/tenants.rs"]
+mod tenants;
 #[path = "hostile/words.rs"]
 mod words;
 #[path = "hostile/wqes.rs"]
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
             races::cases(),
             life::cases(),
             direct::cases(),
+            tenants::cases(),
         ];
         let cases: Vec<_> = cases.into_iter().flatten().collect();
         let (series, count) = (Series::default(), cases.len());

@@ -1,8 +1,8 @@
 //! A client's memory that notices when the engine reaches for what it was not given.
 
-use std::{cell::RefCell, ptr::NonNull, sync::atomic::Ordering};
+use std::{cell::RefCell, ptr::NonNull, rc::Rc, sync::atomic::Ordering};
 
-use engine::{Fault, Memory};
+use engine::{CHOSEN_BITS, Fault, Memory, MemoryWindow};
 use verbs_abi::{
     shm::{Window, mr_table::MrEntry},
     verbs::AccessFlags,
@@ -54,6 +54,7 @@ pub(crate) const REGIONS: [Region; 7] = [
 pub(crate) struct Guarded {
     bytes: Window,
     mrs: Vec<MrEntry>,
+    windows: Rc<RefCell<[MemoryWindow; WINDOWS]>>,
     /// Keys looked up since the last [`Memory::mapped`], for a message that helps.
     looked_up: RefCell<u32>,
 }
@@ -65,7 +66,18 @@ impl Guarded {
         for at in (0..LEN as usize).step_by(8) {
             bytes.u64(at).store(canary(client, at as u64), Ordering::Relaxed);
         }
-        Self { bytes, mrs: REGIONS.map(|region| entry(client, region)).to_vec(), looked_up: RefCell::new(0) }
+        let window = |n| MemoryWindow {
+            key: window_key(client, n),
+            pd: if n == 0 { OTHER_PD } else { PD },
+            is_type_2: n != 1,
+            bound: None,
+        };
+        Self {
+            bytes,
+            mrs: REGIONS.map(|region| entry(client, region)).to_vec(),
+            windows: Rc::new(RefCell::new(std::array::from_fn(window))),
+            looked_up: RefCell::new(0),
+        }
     }
 
     /// The bytes, for whoever owns them.
@@ -73,9 +85,23 @@ impl Guarded {
         self.bytes.clone()
     }
 
-    /// Ends a region.
+    /// Ends a region, unless a window is bound to it.
     pub(crate) fn remove(&mut self, key: u32) {
-        self.mrs.retain(|mr| mr.key != key);
+        let windows = self.windows.borrow();
+        if !windows.iter().any(|window| window.bound.is_some_and(|bound| bound.mr == key)) {
+            self.mrs.retain(|mr| mr.key != key);
+        }
+    }
+
+    /// Whether that is a region now, or a window's part of one.
+    fn is_known(&self, mr: &MrEntry) -> bool {
+        let mut bound = self.mrs.iter().any(|known| known == mr);
+        for window in self.windows.borrow().iter() {
+            bound |= window.bound.is_some_and(|bound| {
+                bound.entry == *mr && self.mrs.iter().any(|known| known.key == bound.mr)
+            });
+        }
+        bound
     }
 
     /// Where its own program finds `len` bytes at `addr`.
@@ -97,6 +123,14 @@ impl Guarded {
         );
         (addr - BASE) as usize
     }
+}
+
+/// Memory windows of a client: one of another PD, one of type 1, one of type 2.
+pub(crate) const WINDOWS: usize = 3;
+
+/// The key of a client's window, before a program chose its low byte.
+pub(crate) fn window_key(client: u32, n: usize) -> u32 {
+    0x5678_0000 + client * 0x1000 + n as u32 * 0x100
 }
 
 /// What an untouched word holds.
@@ -129,7 +163,7 @@ fn entry(client: u32, region: Region) -> MrEntry {
     MrEntry {
         key: key(client, region),
         pd: if region == Region::OtherPd { OTHER_PD } else { PD },
-        access: if region == Region::ReadOnly { 0 } else { 0xf },
+        access: if region == Region::ReadOnly { 0 } else { 0x1f },
         iova: iova(region),
         addr: start,
         len: REGION,
@@ -144,6 +178,30 @@ impl Memory for Guarded {
         self.mrs.iter().find(|mr| mr.key == key).copied()
     }
 
+    fn lookup_remote(&self, key: u32, qpn: u32) -> Option<MrEntry> {
+        self.lookup(key).or_else(|| {
+            let windows = self.windows.borrow();
+            let mut bound = windows.iter().filter_map(|window| window.bound);
+            let bound = bound.find(|bound| bound.entry.key == key && [0, qpn].contains(&bound.qpn))?;
+            Some(bound.entry)
+        })
+    }
+
+    fn has_windows(&self) -> bool {
+        true
+    }
+
+    fn window(&self, key: u32) -> Option<MemoryWindow> {
+        let windows = self.windows.borrow();
+        windows.iter().find(|window| window.key | CHOSEN_BITS == key | CHOSEN_BITS).copied()
+    }
+
+    fn set_window(&self, window: MemoryWindow) {
+        let mut windows = self.windows.borrow_mut();
+        let same = |known: &&mut MemoryWindow| known.key | CHOSEN_BITS == window.key | CHOSEN_BITS;
+        *windows.iter_mut().find(same).expect("a window that was never told of") = window;
+    }
+
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>> {
         let end = addr.checked_add(len as u64).expect("an address that wraps");
         assert!(
@@ -151,9 +209,9 @@ impl Memory for Guarded {
             "{len} bytes at {addr:#x} are outside {mr:?}; key looked up last: {:#x}",
             *self.looked_up.borrow()
         );
-        let known = self.mrs.iter().any(|known| known == mr);
-        assert!(known, "a region that is gone, or never was: {mr:?}");
-        if mr.key & 0xff == Region::Broken as u32 {
+        assert!(addr >= mr.addr && end <= mr.addr + mr.len, "{len} bytes at {addr:#x} are outside {mr:?}");
+        assert!(self.is_known(mr), "a region that is gone, or never was: {mr:?}");
+        if self.region_at(addr, 1).is_some_and(|mr| mr.key & 0xff == Region::Broken as u32) {
             return None;
         }
         NonNull::new(self.bytes.as_ptr().wrapping_add((addr - BASE) as usize))

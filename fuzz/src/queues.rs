@@ -12,7 +12,7 @@ use verbs_abi::{
 
 use crate::{
     Input,
-    memory::{Guarded, LEN, REGION, REGIONS, Region, addr, iova, key},
+    memory::{Guarded, LEN, REGION, REGIONS, Region, WINDOWS, addr, iova, key, window_key},
     world::{Client, geometry, gid, settle},
 };
 
@@ -186,7 +186,16 @@ fn place(input: &mut Input<'_>, remote: bool) -> (u64, u32) {
     let start = if remote { iova(region) } else { addr(region) };
     let start = if kind & 0x80 == 0 { start } else { start.wrapping_add(input.odd_number()) };
     let owner_key = key(client, region);
-    (start, if kind & 0x60 == 0x60 { input.u32() } else { owner_key })
+    match kind & 0x60 {
+        0x60 => (start, input.u32()),
+        0x40 if remote => (start, any_window(client, input)),
+        _ => (start, owner_key),
+    }
+}
+
+fn any_window(client: u32, input: &mut Input<'_>) -> u32 {
+    let which = input.u8();
+    window_key(client, usize::from(which) % WINDOWS) | u32::from(which >> 6)
 }
 
 fn sge(input: &mut Input<'_>) -> Sge {
@@ -199,8 +208,18 @@ fn send_wqe(input: &mut Input<'_>) -> SendWqe {
     wqe.wr_id = input.u64();
     (wqe.opcode, wqe.flags) = (input.u8() % 16, input.u8() & !flag::INLINE);
     (wqe.remote_addr, wqe.rkey) = place(input, true);
-    if wqe.opcode >= 5 {
-        (wqe.compare_add, wqe.swap) = (input.u64(), input.u64());
+    match Opcode::try_from(u32::from(wqe.opcode)) {
+        Ok(Opcode::BindMw) => {
+            let (client, rights) = (1 + u32::from(input.u8() & 1), u64::from(input.u8()));
+            wqe.rkey = any_window(client, input);
+            wqe.compare_add = input.odd_number();
+            wqe.swap = u64::from(key(client, input.pick(&REGIONS))) | rights << 32;
+        }
+        Ok(Opcode::LocalInv | Opcode::SendWithInv) => {
+            wqe.imm = any_window(1 + u32::from(input.u8() & 1), input);
+        }
+        Ok(_) if wqe.opcode < 5 => {}
+        _ => (wqe.compare_add, wqe.swap) = (input.u64(), input.odd_number()),
     }
     if wqe.flags & flag::ADDRESS != 0 {
         let to = input.u8();

@@ -18,7 +18,7 @@ use crate::{
     world::{Client, settle},
 };
 use end::{End, counter};
-use seat::{Seat, Step};
+use seat::Seat;
 
 /// Clients. QP 0 of each is connected with QP 1 of the next.
 const CLIENTS: usize = 3;
@@ -99,7 +99,7 @@ impl Ring {
         let offer = self.clients[at.0].connect(&mut self.fabric, at.1, to);
         let (own, peer) = (&self.clients[at.0], &self.clients[peer]);
         let end = &mut self.ends[at.0][at.1];
-        end.seat = offer.map(|offer| Seat::new(own, &own.qps[at.1], peer, &offer));
+        end.queue.seat = offer.map(|offer| Seat::new(own, &own.qps[at.1], peer, &offer));
         end.counter_at_first = counter(peer, at.1);
     }
 
@@ -115,9 +115,8 @@ impl Ring {
                     client.doorbells.ring(client.qps[at.1].new.slot);
                 }
             }
-            13..=15 => self.kick(at),
-            16..=18 => drop(self.seat_step(at)),
-            19..=22 => self.advance(input),
+            13..=17 => self.end_list(at),
+            18..=22 => self.advance(input),
             23..=25 => self.poll(at),
             26 => self.drain(at),
             27 => self.fail(at),
@@ -136,26 +135,11 @@ impl Ring {
         }
     }
 
-    /// One step of the owner's seat, if it has one.
-    fn seat_step(&mut self, at: At) -> Step {
-        let qp = &self.clients[at.0].qps[at.1];
-        let step = self.ends[at.0][at.1].seat.as_mut().map_or(Step::Ring, |seat| seat.step(qp));
-        if step == Step::Ring {
-            self.clients[at.0].doorbells.ring(qp.new.slot);
-        }
-        step
-    }
-
-    /// What a provider does after a post.
-    fn kick(&mut self, at: At) {
-        let ended = (0..100).any(|_| self.seat_step(at) != Step::More);
-        assert!(ended, "an owner never gets to the end of its queue");
-    }
-
-    /// Before a verb, no thread of the owner executes.
-    fn pause(&mut self, at: At) {
-        if self.ends[at.0][at.1].seat.as_ref().is_some_and(|seat| seat.running) {
-            self.kick(at);
+    /// Ends the list that is being posted, if one is.
+    fn end_list(&mut self, at: At) {
+        let (client, end) = (&self.clients[at.0], &mut self.ends[at.0][at.1]);
+        if end.queue.is_posting() && end.queue.end(&client.qps[at.1]) {
+            client.doorbells.ring(client.qps[at.1].new.slot);
         }
     }
 
@@ -166,31 +150,28 @@ impl Ring {
 
     /// Stops the send queue, or lets it go on.
     fn drain(&mut self, at: At) {
-        self.pause(at);
+        self.end_list(at);
         let to = match self.clients[at.0].state(&self.fabric, at.1) {
             QpState::Rts => QpState::Sqd,
             QpState::Sqd => QpState::Rts,
             _ => return,
         };
         assert!(self.clients[at.0].modify(&mut self.fabric, at.1, to, (0, 0)).is_some());
-        if to == QpState::Rts {
-            self.kick(at);
-        }
     }
 
     fn fail(&mut self, at: At) {
-        self.pause(at);
+        self.end_list(at);
         let client = &self.clients[at.0];
         if self.fabric.seize(client.id, client.qps[at.1].new.qpn)
             && client.modify(&mut self.fabric, at.1, QpState::Err, (0, 0)).is_some()
         {
-            self.ends[at.0][at.1].seat = None;
+            self.ends[at.0][at.1].queue.seat = None;
         }
     }
 
     /// Ends a life of a QP. False: a peer is in the middle of something.
     fn end_life(&mut self, at: At) -> bool {
-        self.pause(at);
+        self.end_list(at);
         let qpn = self.clients[at.0].qps[at.1].new.qpn;
         if !self.fabric.seize(self.clients[at.0].id, qpn) {
             return false;
@@ -223,8 +204,8 @@ impl Ring {
     fn die(&mut self, i: usize, input: &mut Input<'_>) {
         let how = input.u8();
         for qp in 0..2 {
-            if let Some(seat) = self.ends[i][qp].seat.as_mut().filter(|_| how >> qp & 1 == 1) {
-                seat.die(&self.clients[i].qps[qp], usize::from(how >> (2 + qp * 3) & 7));
+            if how >> qp & 1 == 1 {
+                self.ends[i][qp].die(&self.clients[i], how >> (2 + qp) & 1 == 1, input);
             }
         }
         self.fabric.close(self.clients[i].id);
@@ -241,7 +222,7 @@ impl Ring {
     fn finish(mut self) {
         let all: Vec<At> = (0..CLIENTS).flat_map(|client| [(client, 0), (client, 1)]).collect();
         for _ in 0..20 {
-            all.iter().for_each(|at| self.kick(*at));
+            all.iter().for_each(|at| self.end_list(*at));
             assert!(settle(&mut self.fabric, self.now), "the fabric never comes to rest");
             all.iter().for_each(|at| self.poll(*at));
             self.now += SECOND;

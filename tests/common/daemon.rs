@@ -32,8 +32,13 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts a router and waits until it answers.
     pub(crate) fn start(tree: &Tree, socket: &Path) -> Result<Self> {
+        Self::start_with(tree, socket, &[])
+    }
+
+    /// The same with further words on its command line.
+    pub(crate) fn start_with(tree: &Tree, socket: &Path, words: &[&str]) -> Result<Self> {
         let mut start = command([tree.program()]);
-        start.args(["router", "--socket"]).arg(socket);
+        start.args(["router", "--socket"]).arg(socket).args(words);
         let job = Job::spawn(start, LIFE)?;
         let mut daemon = Self { job, tree: tree.clone(), socket: socket.to_owned() };
         let began = Instant::now();

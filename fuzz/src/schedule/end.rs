@@ -10,7 +10,7 @@ use verbs_abi::{
     verbs::{Opcode, WcStatus},
 };
 
-use super::seat::Seat;
+use super::seat::SendQueue;
 use crate::{
     Input,
     memory::{BASE, REGION, Region, addr, canary, iova, key},
@@ -58,7 +58,7 @@ pub(crate) struct End {
     pub(crate) qp: usize,
     /// Tells messages of this life of the QP from those of others.
     pub(crate) life: u32,
-    pub(crate) seat: Option<Seat>,
+    pub(crate) queue: SendQueue,
     posted: VecDeque<Posted>,
     next_send: u64,
     /// Messages posted, and those completed well.
@@ -82,7 +82,7 @@ impl End {
         Self {
             qp,
             life,
-            seat: None,
+            queue: SendQueue::default(),
             posted: VecDeque::new(),
             next_send: 0,
             messages: 0,
@@ -117,6 +117,9 @@ impl End {
         if self.posted.len() == DEPTH as usize {
             return;
         }
+        if !self.queue.is_posting() {
+            self.queue.begin(&client.qps[self.qp]);
+        }
         let mut wqe = SendWqe::default();
         wqe.wr_id = self.next_send;
         let choice = input.u8();
@@ -132,7 +135,14 @@ impl End {
         };
         self.posted.push_back(Posted { id: self.next_send, kind, signaled });
         self.next_send += 1;
-        client.qps[self.qp].post(&wqe);
+        self.queue.post(&client.qps[self.qp], wqe);
+    }
+
+    /// Is killed while it posts a message.
+    pub(crate) fn die(&mut self, client: &Client, told: bool, input: &mut Input<'_>) {
+        let mut wqe = SendWqe::default();
+        self.message(client, &mut wqe, input);
+        self.queue.die(&client.qps[self.qp], wqe, told);
     }
 
     fn message(&mut self, client: &Client, wqe: &mut SendWqe, input: &mut Input<'_>) -> Kind {

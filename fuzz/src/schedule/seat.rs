@@ -1,11 +1,15 @@
-//! The owner's seat of a QP in direct mode, one work request at a time, so that anything can happen in between.
+//! The send queue as its owner keeps it, in direct mode with a seat, one call at a time: anything can happen in between.
+//!
+//! What a provider does in `post.rs` and `direct.rs`, without its locks.
 
 use std::{ptr::NonNull, sync::atomic::Ordering};
 
-use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, Verdict};
+use engine::{
+    Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, SLICE, Verdict,
+};
 use verbs_abi::{
     proto::DirectPeer,
-    shm::{cq::CqArea, cqe::CompletionWriter, mr_table::MrEntry, queue::QueueArea},
+    shm::{cq::CqArea, cqe::CompletionWriter, mr_table::MrEntry, queue::QueueArea, wqe::SendWqe},
     verbs::{QpState, QpType},
 };
 
@@ -65,30 +69,100 @@ pub(crate) struct Seat {
     own: View,
     peer: View,
     peer_area: QueueArea,
-    /// Between entering and leaving.
-    pub(crate) running: bool,
+    /// The term in which it executed last.
+    term: Option<u32>,
 }
 
-/// How far a step came.
+/// Who executes what is posted now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// There is more.
-    More,
-    /// Nothing is left.
-    Idle,
-    /// The router has to go on, and must be rung.
-    Ring,
+enum Turn {
+    Owner,
+    /// The owner until it met what the router has to do.
+    Parked,
+    Router,
+}
+
+/// The send queue at its owner's end, as a provider keeps it.
+#[derive(Debug, Default)]
+pub(crate) struct SendQueue {
+    pub(crate) seat: Option<Seat>,
+    wqe: Box<SendWqe>,
+    /// Between the first and the last work request of a list.
+    turn: Option<Turn>,
+    tail: u64,
+}
+
+impl SendQueue {
+    /// Whether a list is being posted. Its owner may be executing.
+    pub(crate) fn is_posting(&self) -> bool {
+        self.turn.is_some()
+    }
+
+    /// Begins to post a list.
+    pub(crate) fn begin(&mut self, qp: &Qp) {
+        let may = self.seat.as_mut().is_some_and(|seat| seat.enter(qp, self.tail));
+        self.turn = Some(if may { Turn::Owner } else { Turn::Router });
+    }
+
+    /// Posts one of the list.
+    pub(crate) fn post(&mut self, qp: &Qp, wqe: SendWqe) {
+        *self.wqe = wqe;
+        if self.turn == Some(Turn::Owner)
+            && let Some(seat) = &mut self.seat
+        {
+            seat.requester.offer(&mut self.wqe);
+            match seat.attempt(qp) {
+                Attempt::Done => return,
+                Attempt::Failed { .. } => {
+                    self.turn = Some(Turn::Parked);
+                    return;
+                }
+                Attempt::Unfinished | Attempt::Wait(_) => {
+                    seat.requester.withdraw(&mut self.wqe);
+                    self.turn = Some(Turn::Parked);
+                }
+            }
+        }
+        let at = self.tail;
+        self.tail += self.wqe.encode(|i, block| qp.area.write_sq_block(at + i, block));
+    }
+
+    /// Ends the list. True: the router must be rung.
+    pub(crate) fn end(&mut self, qp: &Qp) -> bool {
+        let Some(turn) = self.turn.take() else { return true };
+        if turn != Turn::Owner {
+            qp.area.header.sq_tail().store(self.tail, Ordering::Release);
+        }
+        match (turn, &mut self.seat) {
+            (Turn::Owner, Some(seat)) => return seat.leave(qp),
+            (Turn::Parked, Some(seat)) => seat.park(qp),
+            _ => {}
+        }
+        true
+    }
+
+    /// Posts one more and is killed in the middle of it: whether it said how far the peer's receives are.
+    pub(crate) fn die(&mut self, qp: &Qp, wqe: SendWqe, told: bool) {
+        if self.turn.is_none() {
+            self.begin(qp);
+        }
+        let Some(seat) = self.seat.as_mut().filter(|_| self.turn == Some(Turn::Owner)) else { return };
+        let before = seat.peer_area.header.rq_done().load(Ordering::Relaxed);
+        *self.wqe = wqe;
+        seat.requester.offer(&mut self.wqe);
+        seat.attempt(qp);
+        if !told {
+            seat.peer_area.header.rq_done().store(before, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Seat {
     /// The seat of `qp`, as the router offers it.
     pub(crate) fn new(own: &Client, qp: &Qp, peer: &Client, offer: &DirectPeer) -> Self {
         let sends = CompletionQueue::new(own.cq(), None);
-        let sends = Completions::new(
-            CompletionWriter::new(qp.area.sq_cqes.clone(), 0),
-            sends.into(),
-            qp.new.send_slot,
-        );
+        let writer = CompletionWriter::new(qp.area.sq_cqes.clone(), 0);
+        let sends = Completions::new(writer, sends.into(), qp.new.send_slot);
         let requester = Requester::new(qp.new.qpn, QpType::Rc, PD, qp.area.clone(), sends).in_owners_seat();
         let peer_area = QueueArea::new(&peer.arena, offer.offset, offer.geometry).unwrap();
         let receives = CompletionQueue::new(CqArea::new(&peer.arena, offer.cq_offset).unwrap(), None);
@@ -96,63 +170,54 @@ impl Seat {
         let receives = Completions::new(writer, receives.into(), offer.recv_slot);
         let responder = Responder::new(QpType::Rc, offer.pd, peer_area.clone(), receives);
         let (own, peer) = (View::Own(own.memory.clone()), View::Peer(peer.memory.clone()));
-        Self { requester, responder, own, peer, peer_area, running: false }
+        Self { requester, responder, own, peer, peer_area, term: None }
     }
 
-    /// Enters, or executes one work request, or leaves.
-    pub(crate) fn step(&mut self, qp: &Qp) -> Step {
-        let header = &qp.area.header;
-        if !self.running {
-            if !header.seat().enter() {
-                return Step::Ring;
-            }
-            self.running = true;
+    /// Begins to execute, with what the queue holds. False: the router holds the seat, or goes on from here.
+    fn enter(&mut self, qp: &Qp, tail: u64) -> bool {
+        let token = qp.area.header.seat();
+        if !token.enter() {
+            return false;
+        }
+        let term = Some(token.term());
+        if self.term != term {
+            self.term = term;
             assert!(self.requester.resume(), "the router left counts that cannot be");
-            return Step::More;
         }
-        if self.requester.fetch() != Fetch::Ready {
-            header.seat().leave();
-            self.running = false;
-            return Step::Idle;
-        }
-        let ready = header.state().load(Ordering::Acquire) == QpState::Rts.value();
-        if ready && self.attempt() {
-            return Step::More;
-        }
-        header.seat().park();
-        self.running = false;
-        Step::Ring
-    }
-
-    fn attempt(&mut self) -> bool {
-        self.responder.refresh();
-        let (mut budget, peer) = (u64::MAX, Some((&mut self.responder, &self.peer)));
-        match self.requester.attempt(&self.own, peer, 0, &mut budget) {
-            Attempt::Done => true,
-            Attempt::Failed { peer_failed, peer_event } => {
-                self.requester.leave_verdict(Verdict { peer_failed, peer_event });
-                false
+        while !self.requester.is_at(tail) {
+            if self.requester.fetch() != Fetch::Ready || self.attempt(qp) != Attempt::Done {
+                self.park(qp);
+                return false;
             }
-            Attempt::Unfinished | Attempt::Wait(_) => false,
         }
+        true
     }
 
-    /// Executes one work request and is killed in the middle of it: of the words that tell of it, the first `stores`
-    /// were written.
-    pub(crate) fn die(&mut self, qp: &Qp, stores: usize) {
-        if !self.running && self.step(qp) != Step::More {
-            return;
+    fn attempt(&mut self, qp: &Qp) -> Attempt {
+        if qp.area.header.state().load(Ordering::Acquire) != QpState::Rts.value() {
+            return Attempt::Wait(None);
         }
-        let (own, peer) = (&qp.area.header, &self.peer_area.header);
-        let words = [peer.rq_done(), own.sq_completions(), own.sq_done(), own.sq_head()];
-        let before = words.map(|word| word.load(Ordering::Relaxed));
-        if self.requester.fetch() == Fetch::Ready {
-            self.attempt();
+        self.responder.refresh();
+        let (mut budget, peer) = (SLICE, Some((&mut self.responder, &self.peer)));
+        let attempt = self.requester.attempt(&self.own, peer, 0, &mut budget);
+        if let Attempt::Failed { peer_failed, peer_event } = attempt {
+            self.requester.leave_verdict(Verdict { peer_failed, peer_event });
         }
-        let (own, peer) = (&qp.area.header, &self.peer_area.header);
-        let words = [peer.rq_done(), own.sq_completions(), own.sq_done(), own.sq_head()];
-        for (word, before) in words.into_iter().zip(before).skip(stores) {
-            word.store(before, Ordering::Relaxed);
+        attempt
+    }
+
+    fn leave(&mut self, qp: &Qp) -> bool {
+        if qp.area.header.seat_wanted().load(Ordering::Relaxed) != 0 {
+            self.park(qp);
+            return true;
         }
+        self.requester.save();
+        qp.area.header.seat().leave();
+        false
+    }
+
+    fn park(&mut self, qp: &Qp) {
+        self.requester.save();
+        qp.area.header.seat().park();
     }
 }
