@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use common::{SHORT, Stage};
+use common::{SHORT, Stage, probe};
 use libtest_mimic::Trial;
 use tempfile::TempDir;
 use xtask::{
@@ -40,7 +40,6 @@ const TOOLS: &[(&str, &str, &str)] = &[
     ("udaddy in the older dialect", "OLD udaddy", "OLD udaddy -s ADDR"),
     ("rdma_server", "rdma_server -p PORT", "rdma_client -p PORT -s ADDR"),
     ("rstream", "rstream -p PORT -S all -C 50 -I 4", "rstream -p PORT -S all -C 50 -I 4 -s ADDR"),
-    ("rstream of all sizes", "rstream -p PORT", "rstream -p PORT -s ADDR"),
     ("rstream -T b", "rstream -p PORT -S 4000 -T b", "rstream -p PORT -S 4000 -T b -s ADDR"),
     ("rstream -T n", "rstream -p PORT -S 4000 -T n", "rstream -p PORT -S 4000 -T n -s ADDR"),
     ("rstream -T r", "rstream -p PORT -S 4000 -T r", "rstream -p PORT -S 4000 -T r -s ADDR"),
@@ -54,6 +53,7 @@ fn main() -> ExitCode {
     common::run("rdma_cm", common::no_tree().or(no_tools()), || {
         let one = Stage::new(|| Bed::on_one_host(common::tree()?));
         let mut trials = trials(&one, "one host");
+        trials.extend(probe::checks(&one, |check| check.starts_with("rdma_cm ")));
         trials.extend([
             one.trial("nobody listens", nobody_listens),
             one.trial("a killed server", killed_server),

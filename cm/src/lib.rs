@@ -15,6 +15,7 @@ mod connect;
 mod datagram;
 mod error;
 mod events;
+mod grace;
 mod id;
 mod manager;
 mod message;

@@ -14,6 +14,7 @@ use verbs_abi::{
 use crate::{
     Body, CommId, Message, Place, Refusal,
     client::Client,
+    grace::Graces,
     id::{Id, Phase, State},
     ports::{Ports, Scope},
     space,
@@ -73,6 +74,9 @@ pub struct Manager {
     pub(crate) asked: HashMap<CommId, CommId>,
     /// How many clients have an address.
     addresses: HashMap<(u32, IpAddr), u32>,
+    pub(crate) graces: Graces,
+    /// The time as it was last told.
+    pub(crate) now: Duration,
     /// Ids that look for an address.
     pub(crate) resolving: BTreeSet<CommId>,
     /// How many ids each tenant has.
@@ -96,6 +100,8 @@ impl Manager {
             listeners: HashMap::new(),
             asked: HashMap::new(),
             addresses: HashMap::new(),
+            graces: Graces::default(),
+            now: Duration::ZERO,
             resolving: BTreeSet::new(),
             ids_of: HashMap::new(),
             deadlines: BTreeSet::new(),
@@ -190,6 +196,7 @@ impl Manager {
         command: Command,
         now: Duration,
     ) -> Result<CmAnswer, Refusal> {
+        self.now = now;
         let known = self.clients.get(&client).ok_or(Refusal::WrongChannel)?;
         if !known.channels.contains_key(&channel) {
             return Err(Refusal::WrongChannel);
@@ -199,7 +206,9 @@ impl Manager {
         match command {
             Command::CreateId { uid, space, qp_type } => self.create_id(client, channel, uid, space, qp_type),
             Command::DestroyId { id } => {
-                let (events, revoked) = self.destroy(find(id)?);
+                let comm = find(id)?;
+                self.begin_grace(comm);
+                let (events, revoked) = self.destroy(comm);
                 Ok(CmAnswer::Reported { events, revoked })
             }
             Command::Bind { id, address } => self.bind(find(id)?, address).map(done),
@@ -365,11 +374,14 @@ impl Manager {
     /// When [`Self::tick`] has something to do.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        self.deadlines.first().map(|(until, _)| *until)
+        let ids = self.deadlines.first().map(|(until, _)| *until);
+        [ids, self.graces.deadline()].into_iter().flatten().min()
     }
 
     /// Does what is due.
     pub fn tick(&mut self, now: Duration) {
+        self.now = now;
+        self.expire_graces(now);
         while let Some((until, comm)) = self.deadlines.first().copied().filter(|(until, _)| *until <= now) {
             self.deadlines.remove(&(until, comm));
             if let Some(id) = self.ids.get_mut(&comm) {
@@ -451,6 +463,7 @@ impl Manager {
             && self.addresses.is_empty()
             && self.resolving.is_empty()
             && self.ports.is_empty()
+            && self.graces.is_empty()
     }
 
     /// 24 random bits; good for PSNs and ports, not for secrets.

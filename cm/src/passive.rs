@@ -39,7 +39,19 @@ impl Manager {
         id.state = State::Listen;
         id.backlog = Backlog { limit, ..Backlog::default() };
         self.listeners.entry(service).or_default().push(comm);
+        for message in self.graces.end(service) {
+            self.asked(message);
+        }
         Ok(())
+    }
+
+    /// The program ends an id itself: if that listens, another may follow.
+    pub(crate) fn begin_grace(&mut self, comm: CommId) {
+        let Some(id) = self.ids.get(&comm).filter(|id| id.state == State::Listen) else { return };
+        if let (Ok(place), Some(address)) = (self.place(id), id.source_ip()) {
+            let service = (place.tenant, id.space, address.port());
+            self.graces.begin(service, self.now);
+        }
     }
 
     /// Listens no more; whoever still waits is told that nobody does.
@@ -63,9 +75,13 @@ impl Manager {
 
     /// Somebody asks for a connection or for datagrams.
     pub(crate) fn asked(&mut self, message: Message) {
-        match space_of(&message.body).and_then(|space| self.listener_for(&message, space)) {
-            None => self.refuse(&message, reason::INVALID_SERVICE_ID),
-            Some(listener) => self.offer(listener, message),
+        let Some(space) = space_of(&message.body) else { return };
+        if let Some(listener) = self.listener_for(&message, space) {
+            return self.offer(listener, message);
+        }
+        let service = (message.tenant, space, message.destination.port());
+        if let Some(message) = self.graces.wait(service, message) {
+            self.refuse(&message, reason::INVALID_SERVICE_ID);
         }
     }
 
@@ -166,7 +182,7 @@ impl Manager {
     }
 
     /// Tells whoever asked that it will not be.
-    fn refuse(&mut self, message: &Message, reason: u16) {
+    pub(crate) fn refuse(&mut self, message: &Message, reason: u16) {
         let to = message.from;
         let body = match message.body {
             Body::DatagramRequest { .. } => crate::datagram::refusal(to, sidr::UNSUPPORTED),
@@ -193,6 +209,7 @@ impl Manager {
             return;
         }
         let service = (message.tenant, space, message.destination.port());
+        self.graces.withdraw(service, from);
         for comm in self.listeners.get(&service).into_iter().flatten() {
             if let Some(id) = self.ids.get_mut(comm) {
                 id.backlog.parked.retain(|parked| parked.from != from);

@@ -305,6 +305,35 @@ fn a_flood_of_requests_is_bounded_and_harms_no_other_listener() {
 }
 
 #[test]
+fn a_request_between_two_listeners_of_one_port_waits_for_the_second() {
+    let mut bed = Bed::new();
+    let first = bed.listener(space::TCP, 0);
+    bed.destroy(1, first);
+    let (asking, given_up) = (bed.asking(space::TCP), bed.asking(space::TCP));
+    bed.destroy(2, given_up);
+    bed.pass(Duration::from_millis(100));
+    assert_eq!(bed.event(2), None);
+    bed.listener(space::TCP, 0);
+    let id = bed.expect(1, EventKind::ConnectRequest).id;
+    assert_eq!(bed.event(1), None, "who gave up is not heard of");
+    bed.ask(1, Command::Accept { id, uid: 1, param: Some(param(1)) }).unwrap();
+    assert_eq!(bed.expect(2, EventKind::ConnectResponse).id, asking);
+}
+
+#[test]
+fn a_request_after_the_last_listener_is_refused_a_little_later() {
+    let mut bed = Bed::new();
+    let first = bed.listener(space::TCP, 0);
+    bed.destroy(1, first);
+    bed.pass(Duration::from_millis(400));
+    bed.asking(space::TCP);
+    bed.pass(Duration::from_millis(200));
+    assert_eq!(bed.expect(2, EventKind::Rejected).status, i32::from(reason::INVALID_SERVICE_ID));
+    bed.asking(space::TCP);
+    bed.expect(2, EventKind::Rejected);
+}
+
+#[test]
 fn ids_and_channels_have_a_quota() {
     let mut bed = Bed::with(Settings { seed: 1, ids: 3, tenant_ids: 6, channels: 2, mtu: 5 });
     let ids: Vec<u32> = (0..3).map(|_| bed.create(1, space::TCP)).collect();

@@ -6,6 +6,7 @@
 
 mod buffer;
 mod checks;
+mod cm;
 mod cq;
 mod idle;
 mod kills;

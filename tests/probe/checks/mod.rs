@@ -2,6 +2,7 @@
 
 mod addresses;
 mod completions;
+mod connections;
 mod datagrams;
 mod errors;
 mod limits;
@@ -30,7 +31,8 @@ impl std::error::Error for Skip {}
 
 type Check = (&'static str, fn() -> Result<()>);
 
-/// All checks, by the promise that each keeps. Those of memory begin with that word: no seat matters to them.
+/// All checks, by the promise that each keeps. Those of memory and of rdma_cm begin with that word: no
+/// seat matters to them.
 pub(crate) const CHECKS: &[Check] = &[
     ("RC executes every opcode", opcodes::reliable),
     ("UC executes SEND and WRITE, and refuses what needs an answer", opcodes::unreliable),
@@ -90,6 +92,16 @@ pub(crate) const CHECKS: &[Check] = &[
     ("a forked child cannot use the device and does it no harm", races::forked_child),
     ("GIDs are the addresses of the namespace and follow them", addresses::follow),
     ("all ways to read the GID table agree", addresses::table),
+    ("rdma_cm carries private data both ways", connections::private_data),
+    ("rdma_cm tells why a connection was refused", connections::rejections),
+    ("rdma_cm channels block, poll, sit in epoll sets and say EAGAIN", connections::descriptors),
+    ("rdma_cm takes the queued events of a destroyed id back", connections::revoked),
+    ("rdma_cm waits for events to be acknowledged before an id goes", connections::acknowledged),
+    ("rdma_cm moves an id and its queued events to another channel", connections::migration),
+    ("rdma_cm gives a port once", connections::ports),
+    ("rdma_cm takes its options", connections::options),
+    ("rdma_cm channels are dead in a forked child", connections::forked_child),
+    ("rdma_cm serves many threads on one channel", connections::threads),
     ("memory beyond 4 GiB can be reached", memory::beyond_4_gib),
     ("memory survives fork, both sides of it", memory::fork),
     ("memory survives system() and popen()", memory::commands),
