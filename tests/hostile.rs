@@ -20,6 +20,8 @@ mod files;
 mod handles;
 #[path = "hostile/life.rs"]
 mod life;
+#[path = "hostile/manager.rs"]
+mod manager;
 #[path = "hostile/messages.rs"]
 mod messages;
 #[path = "hostile/noise.rs"]
@@ -34,6 +36,8 @@ mod rig;
 mod sizes;
 #[path = "hostile/tenants.rs"]
 mod tenants;
+#[path = "hostile/windows.rs"]
+mod windows;
 #[path = "hostile/words.rs"]
 mod words;
 #[path = "hostile/wqes.rs"]
@@ -54,11 +58,13 @@ fn main() -> ExitCode {
             handles::cases(),
             sizes::cases(),
             wqes::cases(),
+            windows::cases(),
             words::cases(),
             races::cases(),
             life::cases(),
             direct::cases(),
             tenants::cases(),
+            manager::cases(),
         ];
         let cases: Vec<_> = cases.into_iter().flatten().collect();
         let (series, count) = (Series::default(), cases.len());

@@ -19,7 +19,7 @@ use rustix::{
     pipe::pipe,
 };
 use verbs_abi::{
-    proto::{Answer, Endpoint, MAX_FDS, MAX_MESSAGE, Mode, ProtoError, Reply, Request},
+    proto::{Answer, Endpoint, MAX_FDS, MAX_MESSAGE, Mode, ProtoError, Reply, Request, cm::CmRequest},
     shm::LAYOUT_VERSION,
 };
 
@@ -106,8 +106,10 @@ impl Rig {
     fn step(&mut self, slot: &mut Option<Connection>, handles: &mut Handles, input: &mut Input<'_>) {
         let Some(connection) = slot else {
             let mut connection = self.dial();
-            if input.u8() < 200 {
-                self.greet(&mut connection, handles);
+            match input.u8() {
+                0..=119 => self.greet(&mut connection, handles),
+                120..=219 => self.greet_manager(&mut connection, handles),
+                _ => {}
             }
             *slot = Some(connection);
             return;
@@ -138,7 +140,10 @@ impl Rig {
     fn ask(&mut self, connection: &mut Connection, handles: &mut Handles, input: &mut Input<'_>) -> bool {
         let request = handles.request(input);
         let fds = match (input.u8(), &request) {
-            (0..=239, Request::Hello { .. } | Request::CreateChannel) => vec![self.files[0].as_fd()],
+            (
+                0..=239,
+                Request::Hello { .. } | Request::CreateChannel | Request::Cm(CmRequest::OpenChannel),
+            ) => vec![self.files[0].as_fd()],
             (0..=239, _) => Vec::new(),
             _ => self.some_files(input),
         };
@@ -184,6 +189,16 @@ impl Rig {
     fn greet(&mut self, connection: &mut Connection, handles: &mut Handles) {
         let hello = Request::Hello { version: LAYOUT_VERSION, mode: Mode::Direct };
         assert!(connection.send(&hello, &[self.files[0].as_fd()]));
+        self.look();
+        assert!(connection.take(handles, false), "a client that keeps the rules was dropped");
+    }
+
+    fn greet_manager(&mut self, connection: &mut Connection, handles: &mut Handles) {
+        let (hello, open) =
+            (Request::CmHello { version: LAYOUT_VERSION }, Request::Cm(CmRequest::OpenChannel));
+        assert!(connection.send(&hello, &[]));
+        self.look();
+        assert!(connection.send(&open, &[self.files[0].as_fd()]));
         self.look();
         assert!(connection.take(handles, false), "a client that keeps the rules was dropped");
     }

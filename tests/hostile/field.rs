@@ -89,7 +89,8 @@ impl Field {
     fn check(&self) -> Result<()> {
         self.bystander.check()?;
         eventually("nothing of the hostile client is left", || {
-            Ok(self.status()?.clients.len() == self.clients)
+            let status = self.status()?;
+            Ok(status.clients.len() == self.clients && status.listeners.is_empty())
         })?;
         let log = self.daemon.log();
         ensure!(!log.contains("panicked"), "the router panicked:\n{log}");

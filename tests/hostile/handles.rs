@@ -18,6 +18,7 @@ struct Owner {
     channel: u32,
     cq: u32,
     key: u32,
+    window: u32,
     qpn: u32,
 }
 
@@ -28,9 +29,12 @@ impl Owner {
         let Ok(Answer::Handle(channel)) = client.channel(event()?)? else { bail!("no channel") };
         let cq = client.cq(Some(channel))?.0;
         let key = client.mr(pd, 0, 4096, RIGHTS)?;
+        let Ok(Answer::Mr { key: window }) = client.ask(&Request::AllocMw { pd, is_type_2: true })? else {
+            bail!("no window")
+        };
         let qp = client.qp(pd, cq, QpType::Rc)?;
         client.connect(&qp, (qp.new.qpn, client.gid()?))?;
-        Ok(Self { pd, channel, cq, key, qpn: qp.new.qpn, client })
+        Ok(Self { pd, channel, cq, key, window, qpn: qp.new.qpn, client })
     }
 
     fn state(&self, to: QpState) -> Request {
@@ -46,6 +50,8 @@ impl Owner {
             ("RegMr in its PD", Request::RegMr(reg_mr(self.pd, 0, 4096, RIGHTS))),
             ("DeregMr", Request::DeregMr { key: self.key }),
             ("ReregMr", Request::ReregMr { key: self.key, reg: reg_mr(pd, 0, 4096, RIGHTS) }),
+            ("AllocMw in its PD", Request::AllocMw { pd: self.pd, is_type_2: true }),
+            ("DeallocMw", Request::DeallocMw { key: self.window }),
             ("DestroyChannel", Request::DestroyChannel { channel: self.channel }),
             ("CreateCq on its channel", Request::CreateCq { cqe: 1, channel: Some(self.channel) }),
             ("DestroyCq", Request::DestroyCq { cq: self.cq }),
@@ -61,7 +67,7 @@ impl Owner {
 }
 
 /// How many requests [`Owner::requests`] makes.
-const REQUESTS: usize = 14;
+const REQUESTS: usize = 16;
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -103,6 +109,7 @@ fn stale(field: &Field) -> Result<()> {
     let owner = Owner::new(field, Mode::Isolated)?;
     let ends = [
         Request::DestroyQp { qpn: owner.qpn },
+        Request::DeallocMw { key: owner.window },
         Request::DeregMr { key: owner.key },
         Request::DestroyCq { cq: owner.cq },
         Request::DestroyChannel { channel: owner.channel },

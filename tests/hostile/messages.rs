@@ -28,6 +28,8 @@ pub(crate) fn requests() -> Vec<(&'static str, Request)> {
         ("RegMr", Request::RegMr(reg_mr(300, 4096, 4096, 1))),
         ("DeregMr", Request::DeregMr { key: 300 }),
         ("ReregMr", Request::ReregMr { key: 300, reg: reg_mr(300, 4096, 4096, 1) }),
+        ("AllocMw", Request::AllocMw { pd: 300, is_type_2: true }),
+        ("DeallocMw", Request::DeallocMw { key: 300 }),
         ("CreateChannel", Request::CreateChannel),
         ("DestroyChannel", Request::DestroyChannel { channel: 300 }),
         ("CreateCq", Request::CreateCq { cqe: 300, channel: Some(300) }),

@@ -25,6 +25,7 @@ pub(crate) struct Rig {
     pub(crate) hostile: Client,
     pub(crate) qp: Qp,
     pub(crate) keys: Keys,
+    pub(crate) pd: u32,
     pub(crate) peer: Client,
     pub(crate) peer_qp: Qp,
     pub(crate) peer_keys: Keys,
@@ -54,9 +55,9 @@ pub(crate) struct Keys {
 
 impl Rig {
     pub(crate) fn new(field: &Field, mode: Mode, qp_type: QpType) -> Result<Self> {
-        let (hostile, qp, keys) = Self::open(field, mode, qp_type)?;
-        let (peer, peer_qp, peer_keys) = Self::open(field, mode, qp_type)?;
-        let (victim, victim_qp, victim_keys) = Self::open(field, mode, QpType::Rc)?;
+        let (hostile, qp, keys, pd) = Self::open(field, mode, qp_type)?;
+        let (peer, peer_qp, peer_keys, _) = Self::open(field, mode, qp_type)?;
+        let (victim, victim_qp, victim_keys, _) = Self::open(field, mode, QpType::Rc)?;
         for at in (0..LEN).step_by(8) {
             victim.memory.u64(at).store(SENTINEL, Ordering::Relaxed);
         }
@@ -68,10 +69,23 @@ impl Rig {
         peer.connect(&peer_qp, (qp.new.qpn, gid))?;
         victim.connect(&victim_qp, (victim_qp.new.qpn, gid))?;
         let victim_key = victim_keys.full;
-        Ok(Self { hostile, qp, keys, peer, peer_qp, peer_keys, victim, victim_qp, victim_key, gid, offer })
+        Ok(Self {
+            hostile,
+            qp,
+            keys,
+            pd,
+            peer,
+            peer_qp,
+            peer_keys,
+            victim,
+            victim_qp,
+            victim_key,
+            gid,
+            offer,
+        })
     }
 
-    fn open(field: &Field, mode: Mode, qp_type: QpType) -> Result<(Client, Qp, Keys)> {
+    fn open(field: &Field, mode: Mode, qp_type: QpType) -> Result<(Client, Qp, Keys, u32)> {
         let client = Client::open(field.socket(), mode)?;
         let (pd, other, (cq, _)) = (client.pd()?, client.pd()?, client.cq(None)?);
         let keys = Keys {
@@ -84,7 +98,7 @@ impl Rig {
         let gone = client.ask(&Request::DeregMr { key: keys.dead })?;
         ensure!(gone == Ok(Answer::Done), "a region cannot be deregistered: {gone:?}");
         let qp = client.qp(pd, cq, qp_type)?;
-        Ok((client, qp, keys))
+        Ok((client, qp, keys, pd))
     }
 
     /// Eight bytes of the hostile client's own.

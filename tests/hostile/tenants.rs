@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, sync::atomic::Ordering};
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 use verbs_abi::{
-    proto::{Answer, Gid, Mode, QpAttr, Request},
+    proto::{Answer, Gid, Mode, QpAttr, Request, cm::EventKind},
     shm::wqe::{Address, SendWqe, Sge, flag},
     verbs::{Opcode, QpState, QpType, WcStatus},
 };
@@ -14,6 +14,7 @@ use crate::{
     client::{BASE, Client, LEN, Qp, RIGHTS, ask, create_qp, dial, event, eventually, hello, reg_mr},
     common::{self, daemon::Daemon},
     field::Case,
+    manager::Process,
 };
 
 /// What the red client's memory holds.
@@ -32,6 +33,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ("uses the other's keys at home", keys),
         ("names the other's objects", handles),
         ("asks who the other's clients are", strangers),
+        ("connects to the other's listener", listener),
         ("takes the word that the other's lane sleeps on", wake_words),
         ("opens more devices than its tenant may have", devices),
         ("registers more than its tenant may have", memory),
@@ -223,6 +225,17 @@ fn strangers(border: &mut Border) -> Result<()> {
     ensure!(!foreign && !status.clients.is_empty(), "it sees {:?}", status.clients);
     ensure!(!status.qps.iter().any(|qp| qp.qpn == red.new.qpn), "it sees {:?}", status.qps);
     Ok(())
+}
+
+/// Both have the same address, and the connection manager that they share keeps them apart.
+fn listener(border: &mut Border) -> Result<()> {
+    let (server, client) = (Process::new(&border.red.socket)?, Process::new(&border.blue.socket)?);
+    server.listen()?;
+    let outcome = client.outcome()?;
+    ensure!(outcome == EventKind::Rejected || outcome == EventKind::Unreachable, "{outcome:?}");
+    ensure!(server.is_quiet()?, "the other tenant heard of it");
+    // Nor is the port taken from it.
+    client.listen().map(drop)
 }
 
 fn wake_words(border: &mut Border) -> Result<()> {

@@ -1,7 +1,12 @@
 //! Requests made of an input, with handles that somebody was given.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
 use verbs_abi::{
-    proto::{AhAttr, Answer, CreateQp, Gid, Mode, QpAttr, QpCap, RegMr, Request},
+    proto::{
+        AhAttr, Answer, CreateQp, Gid, Mode, QpAttr, QpCap, RegMr, Request,
+        cm::{Address, CmAnswer, CmOption, CmRequest, Command, ConnParam, IbAddress},
+    },
     qp_state,
     shm::LAYOUT_VERSION,
     verbs::{QpAttrMask, QpState, QpType},
@@ -28,6 +33,8 @@ pub(super) struct Handles {
     small: Vec<u32>,
     keys: Vec<u32>,
     qps: Vec<u32>,
+    /// Of the connection manager.
+    ids: Vec<u32>,
     gid: Gid,
 }
 
@@ -38,13 +45,15 @@ impl Handles {
             Answer::Cq { cq, .. } => self.small.push(*cq),
             Answer::Mr { key } => self.keys.push(*key),
             Answer::Qp(new) => self.qps.push(new.qpn),
+            Answer::Cm(CmAnswer::Id(id)) => self.ids.push(*id),
+            Answer::Cm(CmAnswer::Event(Some(event))) => self.ids.push(event.id),
             Answer::Gids(gids) => self.gid = gids.first().copied().unwrap_or_default(),
             _ => {}
         }
     }
 
     pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
-        match input.u8() % 21 {
+        match input.u8() % 32 {
             0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
             1 => Request::Gids,
             2 => Request::AllocPd,
@@ -60,10 +69,69 @@ impl Handles {
             11 => Request::DestroyCq { cq: one_of(&self.small, input) },
             12 | 13 => Request::CreateQp(self.create_qp(input)),
             14..=16 => self.modify_qp(input),
+            20 => Request::AllocMw { pd: one_of(&self.small, input), is_type_2: input.u8() & 1 == 1 },
+            21 => Request::DeallocMw { key: one_of(&self.keys, input) },
+            22 => Request::CmHello { version: LAYOUT_VERSION + u32::from(input.u8() == 0) },
+            23 => Request::Cm(CmRequest::OpenChannel),
+            24 => Request::Cm(CmRequest::CloseChannel { channel: one_of(&self.small, input) }),
+            25..=30 => {
+                let (channel, command) = (one_of(&self.small, input), self.command(input));
+                Request::Cm(CmRequest::Ask { channel, command })
+            }
             17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
             19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },
             18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },
             _ => Request::Status,
+        }
+    }
+
+    /// A command of the connection manager.
+    fn command(&self, input: &mut Input<'_>) -> Command {
+        let (kind, id) = (input.u8() % 20, one_of(&self.ids, input));
+        match kind {
+            0 | 1 => {
+                let space = input.pick(&[0x106, 0x111, 0x13f, 0x2, 0]);
+                Command::CreateId { uid: input.u64(), space, qp_type: input.u8() % 10 }
+            }
+            2 => Command::DestroyId { id },
+            3 => Command::Bind { id, address: address(input) },
+            4 | 5 => Command::ResolveAddr {
+                id,
+                source: (input.u8() & 1 == 0).then(|| address(input)),
+                destination: address(input),
+                timeout_ms: input.odd_number() as u32,
+            },
+            6 => Command::ResolveRoute { id },
+            7 => Command::Query { id },
+            8 => Command::Connect { id, param: self.conn_param(input) },
+            9 => Command::Listen { id, backlog: input.odd_number() as u32 },
+            10 => {
+                let param = (input.u8() & 3 != 0).then(|| self.conn_param(input));
+                Command::Accept { id, uid: input.u64(), param }
+            }
+            11 => Command::Reject { id, reason: input.u8(), private_data: private_data(input) },
+            12 => Command::Disconnect { id },
+            13 => Command::InitQpAttr { id, state: u32::from(input.u8() % 8) },
+            14 | 15 => Command::NextEvent,
+            16 => Command::SetOption { id, option: option(input) },
+            17 => Command::Notify { id, event: u32::from(input.u8() % 20) },
+            18 => Command::JoinMulticast { id, uid: input.u64(), address: address(input), send_only: false },
+            _ if input.u8() & 1 == 0 => Command::LeaveMulticast { id },
+            _ => Command::MigrateId { id, from: one_of(&self.small, input) },
+        }
+    }
+
+    fn conn_param(&self, input: &mut Input<'_>) -> ConnParam {
+        ConnParam {
+            qpn: one_of(&self.qps, input),
+            qkey: input.u32(),
+            private_data: private_data(input),
+            srq: input.u8() & 1,
+            responder_resources: input.u8(),
+            initiator_depth: input.u8(),
+            flow_control: input.u8() & 1,
+            retry_count: input.u8(),
+            rnr_retry_count: input.u8(),
         }
     }
 
@@ -132,6 +200,40 @@ impl Handles {
             ..QpAttr::default()
         };
         Request::ModifyQp { qpn: one_of(&self.qps, input), mask, attr }
+    }
+}
+
+/// One of few addresses, so that ids meet.
+fn address(input: &mut Input<'_>) -> Address {
+    let (which, port) = (input.u8(), u16::from(input.u8() % 4) * 7000);
+    let ip: IpAddr = match which % 6 {
+        0 => Ipv4Addr::UNSPECIFIED.into(),
+        1 => Ipv6Addr::UNSPECIFIED.into(),
+        2 => Ipv6Addr::LOCALHOST.into(),
+        3 => Ipv4Addr::new(224, 0, 0, which).into(),
+        _ => Ipv4Addr::LOCALHOST.into(),
+    };
+    match which >> 5 {
+        7 => Address::Ib(IbAddress {
+            sid: input.odd_number(),
+            sid_mask: input.odd_number(),
+            ..IbAddress::default()
+        }),
+        _ => Address::Ip(SocketAddr::new(ip, port)),
+    }
+}
+
+fn private_data(input: &mut Input<'_>) -> Vec<u8> {
+    vec![input.u8(); usize::from(input.u8()) * 2]
+}
+
+fn option(input: &mut Input<'_>) -> CmOption {
+    match input.u8() % 5 {
+        0 => CmOption::Tos(input.u8()),
+        1 => CmOption::ReuseAddr(input.u8() & 1 == 1),
+        2 => CmOption::AfOnly(input.u8() & 1 == 1),
+        3 => CmOption::AckTimeout(input.u8()),
+        _ => CmOption::Path,
     }
 }
 

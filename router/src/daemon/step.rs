@@ -32,6 +32,7 @@ impl Daemon {
         }
         self.resume();
         self.recover();
+        self.tick_manager();
         self.terms.lane.turn();
         Ok(self.sessions.len())
     }

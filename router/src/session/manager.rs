@@ -18,6 +18,8 @@ use crate::{
 
 /// Descriptors of the router for each process: connection, process.
 const DESCRIPTORS: u64 = 2;
+/// What each channel takes: of its process's quota, so that no process has all the descriptors of its tenant.
+const CHANNEL: [(Resource, u64); 2] = [(Resource::Channels, 1), (Resource::Descriptors, 1)];
 /// The bit of a namespace's number that no inode has: it cannot be seen, and its one client stands for it.
 const UNSEEN: u64 = 1 << 63;
 
@@ -76,7 +78,7 @@ impl CmClient {
         let bell = fds.into_iter().next().and_then(|file| EventBell::new(file, &self.ringer));
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;
         let next = self.next.checked_add(1).ok_or(Errno::NFILE.raw_os_error())?;
-        if !self.account.take(Resource::Descriptors, 1) {
+        if !self.account.take_all(&CHANNEL) {
             return Err(Errno::MFILE.raw_os_error());
         }
         self.next = next;
@@ -87,7 +89,7 @@ impl CmClient {
     /// Forgets a channel.
     pub(crate) fn remove(&mut self, channel: u32) {
         if self.bells.remove(&channel).is_some() {
-            self.account.give(Resource::Descriptors, 1);
+            self.account.give_all(&CHANNEL);
         }
     }
 
