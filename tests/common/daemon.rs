@@ -54,8 +54,13 @@ impl Daemon {
 
     /// What `freeflow status --json` says.
     pub(crate) fn status(&self) -> Result<Value> {
+        self.status_at(&self.socket)
+    }
+
+    /// The same at another of its sockets.
+    pub(crate) fn status_at(&self, socket: &Path) -> Result<Value> {
         let mut ask = command([self.tree.program()]);
-        ask.args(["status", "--json", "--socket"]).arg(&self.socket);
+        ask.args(["status", "--json", "--socket"]).arg(socket);
         Ok(serde_json::from_str(&run(ask, LIMIT)?.stdout)?)
     }
 

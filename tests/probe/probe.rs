@@ -11,6 +11,7 @@ mod cq;
 mod idle;
 mod kills;
 mod library;
+mod meet;
 mod outage;
 mod pair;
 mod qp;
@@ -27,6 +28,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage
+       freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust
        freeflow-probe kill-loop --rounds N --seed S";
 
 fn main() -> ExitCode {
@@ -65,6 +67,8 @@ fn perform(words: &[&str]) -> Result<()> {
         ["open"] => verbs::Context::open().map(|_| ()),
         ["hold", count] => idle::hold(count.parse()?),
         ["idle-qps", count] => idle::qps(count.parse()?),
+        ["meet", folder, own, other] => meet::meet(folder, own, other),
+        ["exhaust"] => meet::exhaust(),
         ["outage"] => outage::survive(),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),
