@@ -118,9 +118,25 @@ pub(crate) unsafe fn atomic(to: *mut u8, operation: Atomic) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{
+        thread,
+        time::{Duration, Instant},
+    };
 
     use super::*;
+
+    /// Waits until something is so; gives up after a time in which it is sure to be.
+    fn wait_for(what: impl Fn() -> bool) -> bool {
+        let limit = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < limit {
+            // Whoever yields too early looks too late.
+            if (0..20_000).any(|_| what()) {
+                return true;
+            }
+            thread::yield_now();
+        }
+        false
+    }
 
     fn words(len: usize) -> Vec<AtomicU64> {
         (0..len).map(|_| AtomicU64::new(0)).collect()
@@ -136,8 +152,8 @@ mod tests {
                     let (from, to) = (source.as_ptr().cast(), target.as_ptr().cast_mut().cast());
                     // SAFETY: two vectors of that length, whose words may change at any time.
                     unsafe { place(from, to, len * 8) };
-                    while asked.load(Ordering::Acquire) < round {
-                        thread::yield_now();
+                    if !wait_for(|| asked.load(Ordering::Acquire) >= round) {
+                        return;
                     }
                 }
             });
@@ -154,17 +170,35 @@ mod tests {
             watched(len, 500, |round, target| {
                 let done = round << 32 | round;
                 let last = &target[len - 1];
-                while last.load(Ordering::Acquire) != done {
-                    let word = last.load(Ordering::Relaxed);
-                    assert_eq!(word >> 32, word & 0xffff_ffff, "an aligned word is one store");
-                    thread::yield_now();
-                }
-                assert!(
-                    target.iter().all(|word| word.load(Ordering::Relaxed) == done),
-                    "round {round} of {len}"
-                );
+                assert!(wait_for(|| last.load(Ordering::Acquire) == done), "round {round} was never seen");
+                // From the end, where the rest comes latest.
+                let whole = target.iter().rev().all(|word| word.load(Ordering::Relaxed) == done);
+                assert!(whole, "round {round} of {len}");
             });
         }
+    }
+
+    #[test]
+    fn an_aligned_word_is_one_store() {
+        let (target, done) = (AtomicU64::new(0), AtomicU64::new(0));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let limit = Instant::now() + Duration::from_millis(500);
+                // Rarely a look at the clock, or the two threads seldom meet.
+                for batch in (0..1_000_000_u64).take_while(|_| Instant::now() < limit) {
+                    for round in batch * 1000..(batch + 1) * 1000 {
+                        let word = [round << 32 | round & 0xffff_ffff];
+                        // SAFETY: eight bytes each; the target may change at any time.
+                        unsafe { place(word.as_ptr().cast(), target.as_ptr().cast(), 8) };
+                    }
+                }
+                done.store(1, Ordering::Release);
+            });
+            while done.load(Ordering::Relaxed) == 0 {
+                let word = target.load(Ordering::Relaxed);
+                assert_eq!(word >> 32, word & 0xffff_ffff, "half a word became visible");
+            }
+        });
     }
 
     #[test]

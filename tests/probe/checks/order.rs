@@ -42,9 +42,9 @@ fn watch(buffer: &Buffer, at: usize, value: u64) -> Result<()> {
     Ok(())
 }
 
-/// Checks that all words of a part have a value.
+/// Checks that all words of a part have a value, from the end, where they come latest.
 fn ensure_stamped(buffer: &Buffer, at: usize, len: usize, value: u64, what: &str) -> Result<()> {
-    for word in 0..len / 8 {
+    for word in (0..len / 8).rev() {
         let found = buffer.word(at + word * 8).load(Ordering::Relaxed);
         ensure!(found == value, "{what} of {len} bytes: word {word} is {found}, not {value} yet");
     }
