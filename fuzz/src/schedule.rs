@@ -234,6 +234,10 @@ impl Ring {
                 continue;
             }
             assert!(end.is_done(), "QP {at:?} in {state:?} never comes to an end: {end:?}");
+            assert!(
+                state == QpState::Rts || end.has_no_receive(),
+                "QP {at:?} keeps receives in ERR: {end:?}"
+            );
             end.check_counter(&self.clients[peer.0]);
             let expected = self.ends[peer.0][peer.1].expected.filter(|(life, _)| *life == end.life);
             if let Some((_, next)) = expected {

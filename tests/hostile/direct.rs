@@ -32,7 +32,8 @@ use crate::{
 };
 
 const WHILE: Duration = Duration::from_millis(300);
-const BOUND: Duration = Duration::from_secs(5);
+/// How long a verb may take when a peer is in the middle of something: the router waits ten seconds at most.
+const BOUND: Duration = Duration::from_secs(15);
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![

@@ -4,8 +4,9 @@ use std::{
     fs::{self, File, OpenOptions},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::OpenOptionsExt,
+        unix::{fs::OpenOptionsExt, process::CommandExt},
     },
+    process::{Command, Stdio},
 };
 
 use anyhow::{Result, ensure};
@@ -146,6 +147,7 @@ fn handed_out() -> Vec<Case> {
             Ok(())
         }),
         Case::new("given: the lane page made writable afterwards", protection),
+        Case::new("given: the router's own descriptors and memory, through /proc", through_proc),
         Case::new("given: holes punched into arena, region and wake page", holes),
     ]);
     cases
@@ -176,6 +178,23 @@ fn protection(field: &Field) -> Result<()> {
         )
     };
     ensure!(changed == Err(Errno::ACCESS), "a page of the router can be made writable: {changed:?}");
+    Ok(())
+}
+
+/// Root may look into anything; anybody else, the router's own user included, may not.
+fn through_proc(field: &Field) -> Result<()> {
+    const NOBODY: u32 = 65_534;
+    let router = field.router()?;
+    for name in ["fd", "map_files", "maps", "mem", "environ"] {
+        let path = format!("/proc/{router}/{name}");
+        let mut look = Command::new(if name == "fd" || name == "map_files" { "ls" } else { "head" });
+        look.args(if name == "fd" || name == "map_files" { vec![] } else { vec!["-c", "1"] });
+        look.arg(&path).stdout(Stdio::null()).stderr(Stdio::null());
+        if rustix::process::geteuid().is_root() {
+            look.uid(NOBODY).gid(NOBODY);
+        }
+        ensure!(!look.status()?.success(), "{path} can be read");
+    }
     Ok(())
 }
 

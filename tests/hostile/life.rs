@@ -19,8 +19,8 @@ use crate::{
 };
 use verbs_abi::shm::wqe::{SendWqe, Sge, flag};
 
-/// How long a verb may take when a peer is stopped in the middle of something.
-const BOUND: Duration = Duration::from_secs(5);
+/// How long a verb may take when a peer is in the middle of something: the router waits ten seconds at most.
+const BOUND: Duration = Duration::from_secs(15);
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();

@@ -103,6 +103,11 @@ impl End {
         !self.posted.iter().any(|posted| posted.signaled)
     }
 
+    /// Whether all receives have come to their end.
+    pub(crate) fn has_no_receive(&self) -> bool {
+        self.receives.is_empty()
+    }
+
     fn silent(&self, kind: Kind) -> usize {
         self.posted.iter().filter(|posted| posted.kind == kind).count()
     }
