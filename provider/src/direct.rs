@@ -22,6 +22,7 @@ use verbs_abi::shm::{Window, arena};
 use verbs_abi::verbs::{AccessFlags, QpState, QpType};
 
 use crate::context::Context;
+use crate::memory::View;
 use crate::qp::Qp;
 
 /// Bytes of a message that its owner moves in one go. A longer one is the router's from there on, so that
@@ -55,23 +56,23 @@ struct Peer {
     table: MrTable,
     region: OwnedFd,
     /// Shared sub-ranges that are mapped here, by key.
-    windows: Mutex<HashMap<u32, (MrEntry, Window)>>,
+    windows: Mutex<HashMap<u32, (MrEntry, Arc<View>)>>,
 }
 
 impl Peer {
     /// The shared sub-range of an MR, mapped at the first use.
-    fn window(&self, mr: &MrEntry) -> Option<Window> {
+    fn window(&self, mr: &MrEntry) -> Option<Arc<View>> {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, window)) = windows.get(&mr.key)
             && known == mr
         {
-            return Some(window.clone());
+            return Some(Arc::clone(window));
         }
         // Regions that are gone need no address space.
         windows.retain(|key, (entry, _)| self.table.lookup(*key).as_ref() == Some(entry));
         let len = usize::try_from(mr.shared_end.checked_sub(mr.shared_start)?).ok()?;
-        let window = Window::map(&self.region, mr.shared_start, len, true).ok()?;
-        windows.insert(mr.key, (*mr, window.clone()));
+        let window = Arc::new(View::map(&self.region, mr.shared_start, len).ok()?);
+        windows.insert(mr.key, (*mr, Arc::clone(&window)));
         Some(window)
     }
 }
@@ -90,7 +91,7 @@ enum Reach {
 struct Mapped {
     start: u64,
     end: u64,
-    window: Window,
+    window: Arc<View>,
 }
 
 /// Where a peer's MR is mapped here: its shared sub-range, mapped at the first use.

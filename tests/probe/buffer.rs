@@ -1,15 +1,18 @@
 //! Memory of the application that a device writes to behind the program's back.
 //!
-//! Does: anonymous mappings, reached by copies and atomics only. Leaves to others: registering them.
+//! Does: mappings, reached by copies and atomics only. Leaves to others: registering them.
 
 use std::{
-    io, ptr,
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    ptr,
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
 use anyhow::{Result, bail};
 
-/// A private anonymous mapping.
+/// A mapping, private and anonymous unless asked otherwise.
 #[derive(Debug)]
 pub(crate) struct Buffer {
     start: *mut u8,
@@ -30,8 +33,14 @@ impl Buffer {
     /// The same with another protection.
     pub(crate) fn with_protection(len: usize, protection: i32) -> Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Self::map(len, protection, flags, None)
+    }
+
+    /// Memory of another kind, from the start of a file if there is one.
+    pub(crate) fn map(len: usize, protection: i32, flags: i32, file: Option<&File>) -> Result<Self> {
+        let fd = file.map_or(-1, AsRawFd::as_raw_fd);
         // SAFETY: a new mapping at an address the kernel chooses touches nothing that exists.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
         if start == libc::MAP_FAILED {
             bail!("cannot map {len} bytes: {}", io::Error::last_os_error());
         }

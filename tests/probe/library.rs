@@ -43,6 +43,7 @@ macro_rules! library {
 }
 
 library! {
+    ibv_fork_init: fn() -> c_int;
     ibv_get_device_list: fn(*mut c_int) -> *mut *mut ibv_device;
     ibv_free_device_list: fn(*mut *mut ibv_device);
     ibv_open_device: fn(*mut ibv_device) -> *mut ibv_context;

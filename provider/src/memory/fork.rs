@@ -183,7 +183,8 @@ impl List {
         }
         let mut entries: Vec<Entry> = Vec::new();
         let listed = maps::select(&EVERYTHING, |mapping| {
-            if let Some(region) = regions.iter().find(|region| region.is_shown_by(mapping)) {
+            let known = regions.iter().find(|region| region.is_shown_by(mapping));
+            if let Some(region) = known.filter(|_| !world.books.views.cover(mapping.range.start)) {
                 entries.push(Entry {
                     start: mapping.range.start,
                     len: mapping.range.len(),

@@ -14,8 +14,9 @@ use super::maps::{self, EVERYTHING, Mapping};
 use super::mover::{RegisterError, Registration};
 use super::pagemap::Pagemap;
 use super::region::{Piece, REGION_LEN, Region};
+use super::views::Views;
 use super::world::Books;
-use super::{overlap, page_size, stack};
+use super::{locked, overlap, page_size, stack};
 
 /// Most bytes that change their place before other threads may go on for a while.
 const SLICE: usize = 32 << 20;
@@ -121,6 +122,7 @@ impl Holding {
         let mut peace = None;
         let mut left = 0;
         for span in spans {
+            let is_locked = locked::is_locked(span.range.start);
             let mut at = span.range.start;
             while at < span.range.end {
                 if left == 0 {
@@ -132,6 +134,9 @@ impl Holding {
                 self.region.move_in(&(at..end), span.prot, &pagemap)?;
                 left -= end - at;
                 at = end;
+            }
+            if is_locked {
+                locked::lock(&span.range);
             }
         }
         Ok(())
@@ -188,10 +193,16 @@ impl Holding {
     /// Makes every page of the region file in `free` private, wherever it is mapped now, and empties the file
     /// there.
     fn make_private(&self, free: &Range<usize>, books: &mut Books) -> Result<(), Errno> {
-        let pieces = self.pieces(free)?;
-        for slice in pieces.iter().flat_map(|piece| piece.slices(SLICE)) {
-            let _peace = books.peace.make()?;
-            self.region.move_back(&slice)?;
+        let pieces = self.pieces(free, &books.views)?;
+        for piece in &pieces {
+            let is_locked = locked::is_locked(piece.range.start);
+            for slice in piece.slices(SLICE) {
+                let _peace = books.peace.make()?;
+                self.region.move_back(&slice)?;
+            }
+            if is_locked {
+                locked::lock(&piece.range);
+            }
         }
         if total_len(&pieces) < free.len() {
             // The program unmapped the rest.
@@ -201,9 +212,11 @@ impl Holding {
     }
 
     /// Where the file's pages at the offsets `free` are mapped.
-    fn pieces(&self, free: &Range<usize>) -> Result<Vec<Piece>, Errno> {
+    fn pieces(&self, free: &Range<usize>, views: &Views) -> Result<Vec<Piece>, Errno> {
         let find = |range: &Range<usize>| -> Result<Vec<Piece>, Errno> {
-            let shown = maps::select(range, |mapping| self.region.is_shown_by(mapping))?;
+            let shown = maps::select(range, |mapping| {
+                self.region.is_shown_by(mapping) && !views.cover(mapping.range.start)
+            })?;
             Ok(shown.iter().filter_map(|mapping| Piece::of(mapping, free)).collect())
         };
         let mut pieces = find(free)?;

@@ -31,6 +31,7 @@
 mod extents;
 mod fork;
 mod holding;
+mod locked;
 mod maps;
 mod mover;
 mod pagemap;
@@ -38,6 +39,7 @@ mod peace;
 mod region;
 mod stack;
 mod stop;
+mod views;
 mod world;
 
 #[cfg(test)]
@@ -46,6 +48,7 @@ mod tests;
 pub use fork::on_fork_child;
 pub use mover::{Mover, RegisterError, Registration};
 pub(crate) use peace::rest;
+pub(crate) use views::View;
 
 use std::ops::Range;
 use std::sync::OnceLock;

@@ -11,6 +11,7 @@ use super::extents::Extents;
 use super::holding::Holding;
 use super::maps;
 use super::peace::PeaceMaker;
+use super::views::Views;
 
 /// Everything that moves pages in this process.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ pub(super) struct Books {
     pub(super) peace: PeaceMaker,
     /// Pages that a router reaches through `/proc/PID/mem`, by their registrations.
     pub(super) staying: Extents,
+    /// Mappings of regions that are not the program's.
+    pub(super) views: Views,
 }
 
 static WORLD: Mutex<World> = Mutex::new(World {
@@ -37,6 +40,7 @@ static WORLD: Mutex<World> = Mutex::new(World {
         budget: MappingBudget { limit: None, counted: 0, added: 0, refused: 0 },
         peace: PeaceMaker::new(),
         staying: Extents::new(),
+        views: Views::new(),
     },
     fork_callbacks: Vec::new(),
 });
@@ -70,8 +74,11 @@ impl MappingBudget {
     /// Bytes from which a run is worth any wait.
     const LARGE: usize = 1 << 20;
 
-    /// Refusals after which mappings are counted anew, as the program may have given some back.
+    /// Refusals after which mappings are counted anew, as the program may have given some back; again after twice as
+    /// many, and so on, for counting takes long where there are many.
     const REFUSALS: usize = 64;
+    /// But never after more than these.
+    const MOST_REFUSALS: usize = 4096;
 
     /// Notes that up to `count` mappings were added.
     pub(super) fn spend(&mut self, count: usize) {
@@ -87,13 +94,21 @@ impl MappingBudget {
             limit = limit.min(Self::FEW);
         }
         let over = self.counted + self.added > limit;
-        if !known || (over && self.refused.is_multiple_of(Self::REFUSALS)) {
+        if !known || (over && self.may_have_changed()) {
             self.counted = maps::count()?;
             self.added = 0;
         }
         let allowed = self.counted + self.added <= limit;
         self.refused = if allowed { 0 } else { self.refused + 1 };
         Ok(allowed)
+    }
+
+    fn may_have_changed(&self) -> bool {
+        match self.refused {
+            0 => true,
+            few if few < Self::REFUSALS => false,
+            many => many.is_power_of_two() || many.is_multiple_of(Self::MOST_REFUSALS),
+        }
     }
 }
 

@@ -12,22 +12,23 @@ use verbs_abi::ffi::*;
 
 use crate::{
     buffer::{Buffer, pattern},
+    library::library,
     pair::{End, Pair, Setup},
     qp::Send,
     verbs::{ALL_ACCESS, Mr},
 };
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 /// Brings bytes from one end's own buffer into memory of the other by a WRITE.
-fn write_to(from: &End, addr: usize, rkey: u32, bytes: &[u8]) -> Result<()> {
+pub(super) fn write_to(from: &End, addr: usize, rkey: u32, bytes: &[u8]) -> Result<()> {
     from.buffer.write(0, bytes);
     from.execute(&Send::new(IBV_WR_RDMA_WRITE).sge(from.sge(0, bytes.len())).remote((addr as u64, rkey)))?;
     Ok(())
 }
 
 /// Fetches bytes of the other end by a READ.
-fn read_from(from: &End, addr: usize, rkey: u32, len: usize) -> Result<Vec<u8>> {
+pub(super) fn read_from(from: &End, addr: usize, rkey: u32, len: usize) -> Result<Vec<u8>> {
     from.buffer.fill(0, len, 0);
     from.execute(&Send::new(IBV_WR_RDMA_READ).sge(from.sge(0, len)).remote((addr as u64, rkey)))?;
     Ok(from.buffer.read(0, len))
@@ -93,6 +94,13 @@ impl Neighbours {
         ensure!(inside == data, "the registered bytes are others");
         Ok(())
     }
+}
+
+/// The same as [`fork`], for a program that asks libibverbs to keep registered memory from its children.
+pub(crate) fn fork_init() -> Result<()> {
+    // SAFETY: no argument; before the first device is looked for, as it must be.
+    crate::verbs::check("ibv_fork_init", unsafe { (library().ibv_fork_init)() })?;
+    fork()
 }
 
 pub(crate) fn fork() -> Result<()> {

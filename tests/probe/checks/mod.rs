@@ -6,12 +6,14 @@ mod connections;
 mod datagrams;
 mod errors;
 mod limits;
+mod mappings;
 mod memory;
 mod opcodes;
 mod order;
 mod races;
 mod states;
 mod statuses;
+mod writers;
 
 use std::fmt;
 
@@ -104,6 +106,7 @@ pub(crate) const CHECKS: &[Check] = &[
     ("rdma_cm serves many threads on one channel", connections::threads),
     ("memory beyond 4 GiB can be reached", memory::beyond_4_gib),
     ("memory survives fork, both sides of it", memory::fork),
+    ("memory survives fork after ibv_fork_init, both sides of it", memory::fork_init),
     ("memory survives system() and popen()", memory::commands),
     ("memory registered twice and in overlapping parts works until the last MR goes", memory::overlaps),
     ("memory is the program's own again after deregistration", memory::deregistered),
@@ -112,4 +115,19 @@ pub(crate) const CHECKS: &[Check] = &[
     ("memory that is not mapped is refused", memory::unmapped),
     ("memory of threads, heap, statics and stack is reachable", memory::kinds),
     ("memory of a deregistered MR is out of reach", memory::stale_key),
+    (
+        "memory that is registered while threads, the kernel and peers write to it loses no write",
+        writers::none_loses_a_write,
+    ),
+    ("memory that is shared or a file's works", mappings::shared_and_files),
+    ("memory in huge pages works", mappings::huge_pages),
+    ("memory that is locked works and stays locked", mappings::locked_memory),
+    ("memory can be registered where none may be locked", mappings::no_locking),
+    ("memory mapped anew under an MR is the program's alone", mappings::mapped_anew),
+    ("memory that the program unmaps or moves under an MR keeps its bytes", mappings::unmapped_and_moved),
+    ("memory registered on two devices works until the last MR goes", mappings::two_devices),
+    ("memory of thirty thousand MRs side by side works", mappings::crowd_of_neighbours),
+    ("memory of thirty thousand scattered MRs works", mappings::scattered_crowd),
+    ("memory of thirty thousand MRs of a few bytes works", mappings::crowd_of_bytes),
+    ("memory of an allocator is as it expects after deregistration", mappings::allocator),
 ];
