@@ -150,6 +150,7 @@ impl Qp {
             qp_type: QpType::Rc.value(),
             cap,
             sq_sig_all: false,
+            ..CreateQp::default()
         };
         let init = QpInit { create, geometry, area: area.clone(), offset: 0 };
         let new = fabric.create_qp(client, init).unwrap();

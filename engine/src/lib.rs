@@ -20,12 +20,13 @@ mod place;
 mod requester;
 mod responder;
 mod retry;
+mod srq;
 mod transfer;
 mod window;
 
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
-pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot};
+pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot, SrqInit, XrcInit};
 pub use memory::{Fault, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};
 pub use responder::Responder;

@@ -227,6 +227,11 @@ impl Requester {
         header.journal_placed().load(Ordering::Relaxed).min(self.wqe.length())
     }
 
+    /// The SRQ that the fetched work request names (XRC).
+    pub(crate) fn srqn(&self) -> u32 {
+        self.wqe.srqn
+    }
+
     /// Where the fetched datagram goes.
     pub(crate) fn address(&self) -> &Address {
         &self.wqe.address

@@ -4,7 +4,10 @@
 
 use std::{
     ptr::NonNull,
-    sync::atomic::{Ordering, fence},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
 };
 
 use verbs_abi::{
@@ -22,6 +25,7 @@ use crate::{
     datagram::{GRH_LEN, grh},
     memory::{Span, all_reached, check_list, check_remote, list_len},
     place::{Atomic, atomic},
+    srq::{Claim, SharedReceives},
     transfer::{Broken, Side, mapped_word, transfer},
     window,
 };
@@ -111,6 +115,10 @@ pub struct Responder {
     area: QueueArea,
     completions: Completions,
     wqe: Box<RecvWqe>,
+    /// The queue that receives come from, if it is not the QP's own.
+    shared: Option<Arc<SharedReceives>>,
+    /// The receive of that queue which the message in progress fills: `wqe`.
+    claimed: Option<Claim>,
     spans: Vec<Span>,
 }
 
@@ -133,6 +141,8 @@ impl Responder {
             area,
             completions,
             wqe: Box::default(),
+            shared: None,
+            claimed: None,
             spans: Vec::new(),
         }
     }
@@ -142,6 +152,32 @@ impl Responder {
     pub(crate) fn numbered(mut self, qpn: u32) -> Self {
         self.qpn = qpn;
         self
+    }
+
+    /// Takes receives from a shared queue from now on (router). An XRC receiver is told anew for each request, and
+    /// is in the queue's protection domain then.
+    pub(crate) fn share(&mut self, queue: Option<Arc<SharedReceives>>) {
+        let other = |claim: &Claim| !queue.as_ref().is_some_and(|queue| Arc::ptr_eq(queue, &claim.queue));
+        if self.claimed.as_ref().is_some_and(other) {
+            self.give_back();
+        }
+        if self.qp_type == QpType::XrcRecv {
+            self.pd = queue.as_ref().map_or(0, |queue| queue.pd);
+        }
+        self.shared = queue;
+    }
+
+    /// The queue that receives come from, if it is not the QP's own.
+    #[inline]
+    pub(crate) fn shared(&self) -> Option<&Arc<SharedReceives>> {
+        self.shared.as_ref()
+    }
+
+    /// Lets others have the receive of a message that will not go on.
+    pub(crate) fn give_back(&mut self) {
+        if let Some(claim) = self.claimed.take() {
+            claim.queue.give_back(claim.slot, &self.wqe);
+        }
     }
 
     /// Takes state and rights from the shared header, as a direct peer must before each request.
@@ -178,6 +214,7 @@ impl Responder {
 
     /// Starts anew after RESET (router).
     pub(crate) fn reset(&mut self) {
+        self.give_back();
         self.area.rq_cqes.clear();
         self.completions.seek(0);
         self.area.header.rq_tail().store(0, Ordering::Relaxed);
@@ -210,6 +247,9 @@ impl Responder {
 
     /// Whether a receive is posted that nobody has consumed.
     pub(crate) fn has_receive(&self) -> bool {
+        if let Some(queue) = &self.shared {
+            return self.claimed.is_some() || queue.has_receive();
+        }
         self.area.header.rq_tail().load(Ordering::SeqCst) != self.completions.count()
     }
 
@@ -220,31 +260,49 @@ impl Responder {
 
     /// Asks whoever posts a receive to ring the router, or stops asking.
     pub(crate) fn set_ring_me(&self, on: bool) {
+        match &self.shared {
+            // Who else waits for its receives still does.
+            Some(queue) if on && self.state != QpState::Err => return queue.set_ring_me(true),
+            Some(_) => return,
+            None => {}
+        }
         self.area.header.rq_ring_me().store(u32::from(on), Ordering::SeqCst);
     }
 
     /// Whether whoever posts a receive is asked to ring.
     pub(crate) fn rings_me(&self) -> bool {
+        if let Some(queue) = &self.shared {
+            return queue.rings_me();
+        }
         self.area.header.rq_ring_me().load(Ordering::SeqCst) != 0
     }
 
     /// Completes posted receives with `WR_FLUSH_ERR`, up to [`FLUSH`] of them. True: there may be more.
     pub(crate) fn flush(&mut self) -> bool {
+        if self.shared.is_some() {
+            // The receives of a shared queue are there for others.
+            if self.claimed.is_some() {
+                self.flush_one();
+            }
+            return false;
+        }
         for _ in 0..FLUSH {
             if !matches!(self.area.read_recv(self.completions.count(), &mut self.wqe), Ok(true)) {
                 return false;
             }
-            self.complete(
-                &Cqe {
-                    wr_id: self.wqe.wr_id,
-                    status: WcStatus::WrFlushErr.value() as u8,
-                    opcode: WcOpcode::Recv.value() as u8,
-                    ..Cqe::default()
-                },
-                true,
-            );
+            self.flush_one();
         }
         true
+    }
+
+    fn flush_one(&mut self) {
+        let flushed = Cqe {
+            wr_id: self.wqe.wr_id,
+            status: WcStatus::WrFlushErr.value() as u8,
+            opcode: WcOpcode::Recv.value() as u8,
+            ..Cqe::default()
+        };
+        self.complete(&flushed, true);
     }
 
     /// Whether requests of that QP are executed.
@@ -263,6 +321,9 @@ impl Responder {
     fn admit(&mut self, source_qpn: u32) -> Result<(), Reply> {
         if !self.state.may_respond() || self.peer != source_qpn {
             return Err(Reply::Silence);
+        }
+        if self.qp_type == QpType::XrcRecv && self.shared.is_none() {
+            return Err(INVALID_REQUEST);
         }
         if self.state == QpState::Rtr && !self.established { self.establish() } else { Ok(()) }
     }
@@ -516,7 +577,8 @@ impl Responder {
             return Err(self.refuse_receive(WcStatus::LocLenErr, INVALID_REQUEST));
         }
         let need = AccessFlags::LOCAL_WRITE;
-        if !check_list(memory, self.pd, self.wqe.sges(), len, need, &mut self.spans) {
+        let pd = self.shared.as_ref().map_or(self.pd, |queue| queue.pd);
+        if !check_list(memory, pd, self.wqe.sges(), len, need, &mut self.spans) {
             return Err(self.refuse_receive(WcStatus::LocProtErr, OPERATION));
         }
         Ok(())
@@ -524,11 +586,19 @@ impl Responder {
 
     /// Copies the next receive WQE out.
     fn claim(&mut self) -> Result<(), Reply> {
-        match self.area.read_recv(self.completions.count(), &mut self.wqe) {
+        let found = match &self.shared {
+            None => self.area.read_recv(self.completions.count(), &mut self.wqe),
+            Some(_) if self.claimed.is_some() => Ok(true),
+            Some(queue) => queue.claim(&mut self.wqe).map(|claim| {
+                self.claimed = claim;
+                self.claimed.is_some()
+            }),
+        };
+        match found {
             Ok(true) => Ok(()),
-            Ok(false) if self.qp_type == QpType::Rc => Err(Reply::Rnr(self.min_rnr_timer)),
+            Ok(false) if self.qp_type.is_reliable() => Err(Reply::Rnr(self.min_rnr_timer)),
             Ok(false) => Err(Reply::Silence),
-            Err(_) if self.qp_type == QpType::Rc => Err(OPERATION),
+            Err(_) if self.qp_type.is_reliable() => Err(OPERATION),
             Err(_) => {
                 self.notice = Some(Notice { failed: true, event: Some(EventType::QpFatal) });
                 Err(Reply::Silence)
@@ -539,7 +609,7 @@ impl Responder {
     /// Ends the claimed receive with an error. On an unreliable service a message that is at fault itself is lost
     /// and the receive stays; the receive's own fault ends the QP on every service.
     fn refuse_receive(&mut self, status: WcStatus, reply: Reply) -> Reply {
-        if self.qp_type != QpType::Rc {
+        if !self.qp_type.is_reliable() {
             if status != WcStatus::LocProtErr {
                 return Reply::Silence;
             }
@@ -579,7 +649,16 @@ impl Responder {
     }
 
     fn complete(&mut self, cqe: &Cqe, solicited: bool) {
-        let wqe = self.completions.count() as u32;
+        let wqe = match self.claimed.take() {
+            None => self.completions.count() as u32,
+            Some(claim) => {
+                // Only an XRC queue completes by itself; it tells for which of its QPs.
+                if claim.queue.complete(&Cqe { wqe: claim.slot, src_qp: self.qpn, ..*cqe }, solicited) {
+                    return;
+                }
+                claim.slot
+            }
+        };
         self.completions.push(&Cqe { wqe, ..*cqe }, solicited);
         self.publish();
     }

@@ -107,7 +107,15 @@ impl Client {
             max_inline_data: INLINE,
         };
         let (send_cq, recv_cq) = (self.cq_id, self.cq_id);
-        let create = CreateQp { pd: PD, send_cq, recv_cq, qp_type: qp_type.value(), cap, sq_sig_all: false };
+        let create = CreateQp {
+            pd: PD,
+            send_cq,
+            recv_cq,
+            qp_type: qp_type.value(),
+            cap,
+            sq_sig_all: false,
+            ..CreateQp::default()
+        };
         let init = QpInit { create, geometry, area: area.clone(), offset };
         let new = fabric.create_qp(self.id, init).unwrap();
         let sends = CompletionReader::new(area.sq_cqes.clone(), 0);

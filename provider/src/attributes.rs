@@ -53,7 +53,12 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
         | ffi::IBV_DEVICE_SYS_IMAGE_GUID
         | ffi::IBV_DEVICE_RC_RNR_NAK_GEN
         | ffi::IBV_DEVICE_MEM_WINDOW
-        | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+        | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B
+        | ffi::IBV_DEVICE_XRC
+        | ffi::IBV_DEVICE_SRQ_RESIZE;
+    attr.max_srq = attr.max_qp;
+    attr.max_srq_wr = limit(wqe::MAX_WR);
+    attr.max_srq_sge = limit(wqe::MAX_SGE as u32);
     attr.max_mw = limit(welcome.limits.max_mr);
     attr.max_sge = wqe::MAX_SGE as i32;
     attr.max_sge_rd = wqe::MAX_SGE as i32;

@@ -63,12 +63,7 @@ impl Cq {
 
     /// Takes up to `limit` completions; the caller holds `rings`.
     #[inline]
-    pub(crate) fn take(
-        &self,
-        rings: &mut Rings,
-        limit: usize,
-        emit: &mut impl FnMut(&crate::qp::Qp, &Cqe),
-    ) -> usize {
+    pub(crate) fn take(&self, rings: &mut Rings, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
         let taken = rings.take(&self.events.area, limit, emit);
         if taken > 0 {
             rings.idle = 0;
@@ -231,10 +226,10 @@ pub(crate) unsafe extern "C" fn poll(cq: *mut ibv_cq, count: c_int, into: *mut i
         }
         let mut rings = cq.rings.lock();
         let mut next = into;
-        let taken = cq.take(&mut rings, limit, &mut |qp, cqe| {
+        let taken = cq.take(&mut rings, limit, &mut |number, cqe| {
             // SAFETY: the application passes room for `count` completions, and no more than that are taken.
             unsafe {
-                next.write(completion(qp.number(), cqe));
+                next.write(completion(number, cqe));
                 next = next.add(1);
             }
         });

@@ -73,7 +73,7 @@ unsafe fn show_next(cq: *mut ibv_cq_ex) -> Result<(), Errno> {
     // SAFETY: the caller holds the lock, and the reference ends here.
     let rings = unsafe { own.rings.held() };
     let mut shown = None;
-    own.take(rings, 1, &mut |qp, cqe| shown = Some((*cqe, qp.number())));
+    own.take(rings, 1, &mut |number, cqe| shown = Some((*cqe, number)));
     let (cqe, number) = shown.ok_or(Errno::NOENT)?;
     rings.shown = (cqe, number);
     // SAFETY: the caller's promise; these two fields are ours to write while the lock is held.

@@ -206,7 +206,7 @@ impl Seat {
             (fds.next().ok_or_else(invalid)?, fds.next().ok_or_else(invalid)?, fds.next());
         let peer = device.peers.find(to.client, &arena, region)?;
 
-        let sends = qp.own_sends();
+        let sends = qp.own_sends().ok_or_else(invalid)?;
         let requester = Requester::new(qp.number(), QpType::Rc, pd, qp.area.clone(), sends).in_owners_seat();
 
         let area = QueueArea::new(&peer.arena, to.offset, to.geometry).ok_or_else(invalid)?;

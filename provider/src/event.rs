@@ -23,6 +23,7 @@ use verbs_abi::verbs::EventType;
 use crate::abi::edge::Errno;
 use crate::qp::Qp;
 use crate::router_link::RouterLink;
+use crate::srq::Srq;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -176,6 +177,8 @@ pub(crate) struct Elements {
     pub(crate) qps: HashMap<u32, Arc<Qp>>,
     /// CQs by id.
     pub(crate) cqs: HashMap<u32, Arc<CqEvents>>,
+    /// SRQs by number.
+    pub(crate) srqs: HashMap<u32, Arc<Srq>>,
 }
 
 impl AsyncEvents {
@@ -208,6 +211,11 @@ impl AsyncEvents {
                 let cq = elements.cqs.get(&event.element)?;
                 cq.async_delivered.fetch_add(1, Ordering::SeqCst);
                 cq.address
+            }
+            EventType::SrqErr | EventType::SrqLimitReached => {
+                let srq = elements.srqs.get(&event.element)?;
+                srq.async_delivered.fetch_add(1, Ordering::SeqCst);
+                srq.address()
             }
             kind if is_of_qp(kind) => {
                 let qp = elements.qps.get(&event.element)?;

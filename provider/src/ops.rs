@@ -9,7 +9,7 @@ use verbs_abi::ffi::{
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::{ah, attributes, cq, cq_ex, device, dm, mr, mw, on_demand, pd, post, qp};
+use crate::{ah, attributes, cq, cq_ex, device, dm, mr, mw, on_demand, pd, post, qp, qp_create, srq};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
@@ -22,20 +22,29 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::AllocPd => pd::alloc as *const (),
         Op::AllocTd => pd::alloc_td as *const (),
         Op::BindMw => mw::bind as *const (),
+        Op::CloseXrcd => srq::close_xrcd as *const (),
         Op::CreateAh => ah::create as *const (),
         Op::CreateCq => cq::create as *const (),
         Op::CreateCqEx => cq_ex::create as *const (),
-        Op::CreateQp => qp::create as *const (),
-        Op::CreateQpEx => qp::create_ex as *const (),
+        Op::CreateQp => qp_create::create as *const (),
+        Op::CreateQpEx => qp_create::create_ex as *const (),
         Op::DeallocMw => mw::dealloc as *const (),
+        Op::CreateSrq => srq::create as *const (),
+        Op::CreateSrqEx => srq::create_ex as *const (),
         Op::DeallocPd => pd::dealloc as *const (),
         Op::DeallocTd => pd::dealloc_td as *const (),
         Op::DeregMr => mr::deregister as *const (),
         Op::DestroyAh => ah::destroy as *const (),
         Op::DestroyCq => cq::destroy as *const (),
         Op::DestroyQp => qp::destroy as *const (),
+        Op::DestroySrq => srq::destroy as *const (),
         Op::FreeDm => dm::free as *const (),
         Op::FreeContext => free_context as *const (),
+        Op::GetSrqNum => srq::number as *const (),
+        Op::ModifySrq => srq::modify as *const (),
+        Op::OpenXrcd => srq::open_xrcd as *const (),
+        Op::PostSrqRecv => srq::post_recv as *const (),
+        Op::QuerySrq => srq::query as *const (),
         Op::ModifyQp => qp::modify as *const (),
         Op::PollCq => cq::poll as *const (),
         Op::PostRecv => post::recv as *const (),

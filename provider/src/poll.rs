@@ -10,6 +10,7 @@ use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::{CompletionReader, Cqe};
 
 use crate::qp::Qp;
+use crate::srq::Srq;
 
 /// Rings that are looked at one by one.
 const FEW_RINGS: usize = 4;
@@ -21,12 +22,19 @@ pub(crate) enum Side {
     Recv,
 }
 
-/// The completions of one QP and direction, at the consumer's end.
+/// Whose completions a ring holds.
+#[derive(Debug, Clone)]
+enum Queue {
+    Of(Arc<Qp>, Side),
+    /// An XRC queue's: each tells the QP that took the receive.
+    Xrc(Arc<Srq>),
+}
+
+/// The completions of one QP and direction, or of an XRC queue, at the consumer's end.
 #[derive(Debug)]
 struct Ring {
     reader: CompletionReader,
-    qp: Arc<Qp>,
-    side: Side,
+    of: Queue,
     is_pending: bool,
     /// The provider completes what is outstanding; what a direct peer may still publish comes too late.
     is_flushed: bool,
@@ -35,16 +43,31 @@ struct Ring {
 impl Ring {
     /// Takes up to `limit` completions.
     #[inline]
-    fn drain(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+    fn drain(&mut self, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
         if self.is_flushed {
             return 0;
         }
-        for taken in 0..limit {
-            let Some(cqe) = self.reader.pop() else { return taken };
-            self.qp.free(self.side, cqe.wqe);
-            emit(&self.qp, &cqe);
+        match &self.of {
+            Queue::Of(qp, side) => {
+                for taken in 0..limit {
+                    let Some(cqe) = self.reader.pop() else { return taken };
+                    qp.free(*side, cqe.wqe);
+                    emit(qp.number(), &cqe);
+                }
+            }
+            Queue::Xrc(srq) => {
+                for taken in 0..limit {
+                    let Some(cqe) = self.reader.pop() else { return taken };
+                    srq.free(cqe.wqe);
+                    emit(cqe.src_qp, &Cqe { src_qp: 0, ..cqe });
+                }
+            }
         }
         limit
+    }
+
+    fn is_of(&self, qp: &Qp) -> bool {
+        matches!(&self.of, Queue::Of(own, _) if std::ptr::eq(&**own, qp))
     }
 }
 
@@ -71,17 +94,38 @@ impl Rings {
         if self.by_slot.len() <= at {
             self.by_slot.resize_with(at + 1, || None);
         }
-        let reader = qp.completions(side);
-        let ring = Ring { reader, qp: Arc::clone(qp), side, is_pending: false, is_flushed: false };
-        self.by_slot[at] = Some(ring);
+        let (reader, of) = (qp.completions(side), Queue::Of(Arc::clone(qp), side));
+        self.by_slot[at] = Some(Ring { reader, of, is_pending: false, is_flushed: false });
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
     }
 
+    /// Adds the ring of an XRC queue.
+    pub(crate) fn attach_srq(&mut self, slot: u32, srq: &Arc<Srq>) {
+        let Some(reader) = srq.completions() else { return };
+        let at = slot as usize;
+        if self.by_slot.len() <= at {
+            self.by_slot.resize_with(at + 1, || None);
+        }
+        let of = Queue::Xrc(Arc::clone(srq));
+        self.by_slot[at] = Some(Ring { reader, of, is_pending: false, is_flushed: false });
+        self.slots.retain(|&other| other != slot);
+        self.slots.push(slot);
+    }
+
+    /// Takes an XRC queue's ring out, with what is in it.
+    pub(crate) fn detach_srq(&mut self, slot: u32, srq: &Arc<Srq>) {
+        self.detach_if(slot, |ring| matches!(&ring.of, Queue::Xrc(own) if Arc::ptr_eq(own, srq)));
+    }
+
     /// Takes a QP's ring out, with what is in it.
     pub(crate) fn detach(&mut self, slot: u32, qp: &Qp) {
+        self.detach_if(slot, |ring| ring.is_of(qp));
+    }
+
+    fn detach_if(&mut self, slot: u32, wanted: impl Fn(&Ring) -> bool) {
         let Some(place) = self.by_slot.get_mut(slot as usize) else { return };
-        if place.as_ref().is_some_and(|ring| std::ptr::eq(&*ring.qp, qp)) {
+        if place.as_ref().is_some_and(wanted) {
             *place = None;
             self.slots.retain(|&other| other != slot);
             self.pending.retain(|&other| other != slot);
@@ -90,8 +134,10 @@ impl Rings {
 
     /// Begins a QP's ring anew, after the router emptied it.
     pub(crate) fn restart(&mut self, slot: u32) {
-        if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) {
-            ring.reader = ring.qp.completions(ring.side);
+        if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize)
+            && let Queue::Of(qp, side) = &ring.of
+        {
+            ring.reader = qp.completions(*side);
         }
     }
 
@@ -102,7 +148,7 @@ impl Rings {
 
     /// Takes up to `limit` completions.
     #[inline]
-    pub(crate) fn take(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+    pub(crate) fn take(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
         if self.slots.len() > FEW_RINGS {
             return self.take_ready(area, limit, emit);
         }
@@ -120,7 +166,7 @@ impl Rings {
         taken
     }
 
-    fn take_ready(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+    fn take_ready(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
         area.take_ready(|slot| {
             if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize)
                 && !ring.is_pending
@@ -149,12 +195,15 @@ impl Rings {
 
     /// Completes what the dead router left outstanding: first what it had published, then everything else as
     /// flushed.
-    pub(crate) fn flush(&mut self, limit: usize, emit: &mut impl FnMut(&Qp, &Cqe)) -> usize {
+    pub(crate) fn flush(&mut self, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
         let mut taken = 0;
         for &slot in &self.slots {
             let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) else { continue };
+            let Queue::Of(qp, side) = ring.of.clone() else {
+                taken += ring.drain(limit - taken, emit);
+                continue;
+            };
             // Whoever holds the own seat is executing; the next poll finds it. Then nobody begins any more.
-            let qp = Arc::clone(&ring.qp);
             qp.fail();
             let Some(mut sends) = qp.send.try_lock() else { continue };
             taken += ring.drain(limit - taken, emit);
@@ -163,9 +212,9 @@ impl Rings {
             }
             ring.is_flushed = true;
             while taken < limit
-                && let Some(cqe) = ring.qp.flush_oldest(ring.side, &mut sends)
+                && let Some(cqe) = qp.flush_oldest(side, &mut sends)
             {
-                emit(&ring.qp, &cqe);
+                emit(qp.number(), &cqe);
                 taken += 1;
             }
         }
@@ -174,10 +223,10 @@ impl Rings {
 
     /// Completions that wait to be polled, with those of sends that are being executed.
     pub(crate) fn filled(&self) -> u64 {
-        let count = |ring: &Ring| match ring.side {
+        let count = |ring: &Ring| match &ring.of {
             // First what is in flight: what is finished meanwhile counts twice, and not never.
-            Side::Send => ring.qp.in_flight() + ring.reader.available(),
-            Side::Recv => ring.reader.available(),
+            Queue::Of(qp, Side::Send) => qp.in_flight() + ring.reader.available(),
+            _ => ring.reader.available(),
         };
         self.by_slot.iter().flatten().map(count).sum()
     }
@@ -185,7 +234,7 @@ impl Rings {
     /// Whether something that was posted has not been polled yet.
     pub(crate) fn has_outstanding(&self) -> bool {
         let mut rings = self.by_slot.iter().flatten();
-        rings.any(|ring| ring.qp.outstanding(ring.side) > 0)
+        rings.any(|ring| matches!(&ring.of, Queue::Of(qp, side) if qp.outstanding(*side) > 0))
     }
 }
 

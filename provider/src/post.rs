@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use verbs_abi::ffi::{ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge};
 use verbs_abi::shm::queue::QueueArea;
-use verbs_abi::shm::wqe::{MAX_SGE, RecvWqe, SendWqe, Sge, flag};
+use verbs_abi::shm::wqe::{MAX_SGE, RecvWqe, SRQN_BITS, SendWqe, Sge, flag};
 use verbs_abi::verbs::{Opcode, QpState, QpType};
 
 use crate::abi::edge::{self, Errno};
@@ -222,7 +222,12 @@ unsafe fn fill_target(wqe: &mut SendWqe, qp: &Qp, wr: &ibv_send_wr) -> Result<()
                 return Err(Errno::INVAL);
             }
             set_address(wqe, Ah::of(ud.ah), ud.remote_qpn, ud.remote_qkey);
-        } else if RDMA >> wr.opcode & 1 == 1 {
+            return Ok(());
+        }
+        if qp.limits.qp_type == QpType::XrcSend {
+            wqe.srqn = check_srqn(wr.qp_type.xrc.remote_srqn)?;
+        }
+        if RDMA >> wr.opcode & 1 == 1 {
             let rdma = wr.wr.rdma;
             (wqe.remote_addr, wqe.rkey) = (rdma.remote_addr, rdma.rkey);
         } else if ATOMIC >> wr.opcode & 1 == 1 {
@@ -238,6 +243,11 @@ unsafe fn fill_target(wqe: &mut SendWqe, qp: &Qp, wr: &ibv_send_wr) -> Result<()
         }
     }
     Ok(())
+}
+
+/// The number of an SRQ, if it can be one.
+pub(crate) fn check_srqn(number: u32) -> Result<u32, Errno> {
+    if number >> SRQN_BITS == 0 { Ok(number) } else { Err(Errno::INVAL) }
 }
 
 /// Makes the WQE a datagram to this address.
@@ -279,7 +289,7 @@ pub(crate) fn gather(wqe: &mut SendWqe, qp: &Qp, sges: &[ibv_sge]) -> Result<(),
 }
 
 #[inline]
-fn element(sge: &ibv_sge) -> Sge {
+pub(crate) fn element(sge: &ibv_sge) -> Sge {
     Sge { addr: sge.addr, length: sge.length, lkey: sge.lkey }
 }
 
@@ -434,6 +444,9 @@ impl RecvQueue {
         let cap = &qp.limits.cap;
         // SAFETY: the caller's promise.
         while let Some(wr) = unsafe { next.as_ref() } {
+            if qp.srq.is_some() {
+                return Err(Errno::INVAL);
+            }
             if self.posted.wrapping_sub(qp.rq_freed.load(Ordering::Acquire)) >= u64::from(cap.max_recv_wr) {
                 return Err(Errno::NOMEM);
             }

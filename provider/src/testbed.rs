@@ -19,7 +19,8 @@ use crate::cq::Cq;
 use crate::event::CqEvents;
 use crate::health::Health;
 use crate::poll::Side;
-use crate::qp::{self, Qp, QpObject};
+use crate::qp::{Qp, QpObject};
+use crate::qp_create::{self, Parts};
 
 /// A device.
 pub(crate) struct Bed {
@@ -64,14 +65,14 @@ impl Bed {
             max_recv_sge: 4,
             max_inline_data: 64,
         };
-        let limits = qp::limits(&attr).unwrap();
+        let limits = qp_create::limits(&attr).unwrap();
         let geometry = Geometry::new(depth, depth, 4, 4, 64).unwrap();
         let slot = self.slots.replace(self.slots.get() + 1);
         let (send_slot, recv_slot) = (slot * 2, slot * 2 + 1);
         let offset = self.allocate(geometry.len());
         let given = NewQp { qpn: 100 + slot, slot, offset, geometry, send_slot, recv_slot };
-        let qp =
-            qp::build(&self.arena, &self.bell, 0, &given, limits, Arc::clone(cq), Arc::clone(cq)).unwrap();
+        let parts = Parts { send_cq: Some(Arc::clone(cq)), recv_cq: Some(Arc::clone(cq)), srq: None };
+        let qp = qp_create::build(&self.arena, &self.bell, 0, &given, limits, parts).unwrap();
         qp.area.header.state().store(QpState::Rts.value(), Ordering::Relaxed);
         TestQp {
             object: Box::new(QpObject::new(&qp)),
@@ -117,6 +118,6 @@ impl TestQp {
 pub(crate) fn poll(cq: &Cq, limit: usize) -> Vec<(u32, u64, u8)> {
     let mut taken = Vec::new();
     let mut rings = cq.rings.lock();
-    cq.take(&mut rings, limit, &mut |qp, cqe| taken.push((qp.number(), cqe.wr_id, cqe.status)));
+    cq.take(&mut rings, limit, &mut |number, cqe| taken.push((number, cqe.wr_id, cqe.status)));
     taken
 }

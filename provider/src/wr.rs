@@ -56,6 +56,7 @@ pub(crate) unsafe fn show(qp: *mut ibv_qp_ex, end: usize) {
     qp.wr_local_inv = Some(local_inv);
     qp.wr_bind_mw = Some(bind_mw);
     qp.wr_set_ud_addr = Some(set_ud_addr);
+    qp.wr_set_xrc_srqn = Some(set_xrc_srqn);
     qp.wr_set_sge = Some(set_sge);
     qp.wr_set_sge_list = Some(set_sge_list);
     qp.wr_set_inline_data = Some(set_inline_data);
@@ -271,6 +272,19 @@ unsafe extern "C" fn set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, qpn: u32, 
     }
 }
 
+unsafe extern "C" fn set_xrc_srqn(qp: *mut ibv_qp_ex, srqn: u32) {
+    // SAFETY: the application calls it after `wr_start`, in the same thread.
+    unsafe {
+        set(qp, |own, wqe| {
+            if own.limits.qp_type != QpType::XrcSend {
+                return Err(Errno::INVAL);
+            }
+            wqe.srqn = post::check_srqn(srqn)?;
+            Ok(())
+        });
+    }
+}
+
 unsafe extern "C" fn set_sge(qp: *mut ibv_qp_ex, lkey: u32, addr: u64, length: u32) {
     // SAFETY: the application calls it after `wr_start`, in the same thread.
     unsafe { set(qp, |own, wqe| replace_sges(wqe, own, &[ibv_sge { addr, length, lkey }])) }
@@ -283,9 +297,9 @@ unsafe extern "C" fn set_sge_list(qp: *mut ibv_qp_ex, count: usize, list: *const
 
 /// Setting the payload a second time replaces it.
 fn replace_sges(wqe: &mut SendWqe, qp: &Qp, sges: &[ibv_sge]) -> Result<(), Errno> {
-    let flags = wqe.flags & !flag::INLINE;
+    let (flags, srqn) = (wqe.flags & !flag::INLINE, wqe.srqn);
     wqe.reset();
-    wqe.flags = flags;
+    (wqe.flags, wqe.srqn) = (flags, srqn);
     post::gather(wqe, qp, sges)
 }
 

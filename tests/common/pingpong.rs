@@ -19,6 +19,13 @@ pub(crate) fn trials(stage: &Stage) -> Vec<Trial> {
             trials.push(stage.trial(name, move |bed| play(bed, program, options)));
         }
     }
+    for options in [&[][..], &["-e"], &["-q", "1"], &["-e", "-c"]] {
+        let name = [&["ibv_srq_pingpong"], options].concat().join(" ");
+        trials.push(stage.trial(name, move |bed| {
+            // It plays with 16 QPs that share a queue, which it is told to count by the round.
+            play(bed, "ibv_srq_pingpong", options)
+        }));
+    }
     trials
 }
 

@@ -261,7 +261,7 @@ impl Qp {
 pub(crate) fn create_qp(pd: u32, cq: u32, qp_type: QpType) -> CreateQp {
     let cap =
         QpCap { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 4, max_recv_sge: 4, max_inline_data: 64 };
-    CreateQp { pd, send_cq: cq, recv_cq: cq, qp_type: qp_type.value(), cap, sq_sig_all: false }
+    CreateQp { pd, send_cq: cq, recv_cq: cq, qp_type: qp_type.value(), cap, ..CreateQp::default() }
 }
 
 /// A region in the client's own memory.

@@ -21,7 +21,13 @@ impl<M: Memory> Fabric<M> {
         let peer = self.qps[peer_at].as_ref()?;
         let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
         let reliable = qp.requester.qp_type() == QpType::Rc && peer.requester.qp_type() == QpType::Rc;
-        if !reliable || client.mode != Mode::Direct || other.mode != Mode::Direct || at == peer_at {
+        // Receives of a shared queue are given out by the router.
+        if !reliable
+            || peer.create.srq.is_some()
+            || client.mode != Mode::Direct
+            || other.mode != Mode::Direct
+            || at == peer_at
+        {
             return None;
         }
         let cq = other.cqs.get(&peer.create.recv_cq)?;

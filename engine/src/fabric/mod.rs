@@ -9,6 +9,7 @@ mod modify;
 mod objects;
 mod run;
 mod schedule;
+mod shared;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -25,6 +26,8 @@ use verbs_abi::{
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
 
 use schedule::Schedule;
+use shared::{Domain, Srq};
+pub use shared::{SrqInit, XrcInit};
 
 /// Entries of a client's GID table.
 pub const GID_TABLE_LEN: u32 = 16;
@@ -111,6 +114,8 @@ struct Client<M> {
     gids: Vec<Gid>,
     /// QP by doorbell slot.
     slots: Vec<Option<usize>>,
+    /// SRQ by doorbell slot.
+    srq_slots: HashMap<u32, u32>,
     free_slots: Vec<u32>,
     /// Where to go on looking at its doorbells.
     next_word: usize,
@@ -168,8 +173,14 @@ pub struct Fabric<M> {
     free_qps: Vec<usize>,
     qpn_index: HashMap<u32, usize>,
     next_qpn: u32,
+    srqs: HashMap<u32, Srq>,
+    next_srqn: u32,
+    /// XRC domains.
+    domains: HashMap<u32, Domain>,
+    next_domain: u32,
     schedule: Schedule,
     rung: Vec<usize>,
+    rung_srqs: Vec<u32>,
     /// The time at the last turn.
     now: u64,
 }
@@ -191,8 +202,13 @@ impl<M: Memory> Fabric<M> {
             free_qps: Vec::new(),
             qpn_index: HashMap::new(),
             next_qpn: 0x100,
+            srqs: HashMap::new(),
+            next_srqn: 1,
+            domains: HashMap::new(),
+            next_domain: 1,
             schedule: Schedule::default(),
             rung: Vec::new(),
+            rung_srqs: Vec::new(),
             now: 0,
         }
     }
@@ -210,6 +226,7 @@ impl<M: Memory> Fabric<M> {
             memory,
             gids,
             slots: Vec::new(),
+            srq_slots: HashMap::new(),
             free_slots: Vec::new(),
             next_word: 0,
             cqs: HashMap::new(),
@@ -244,6 +261,9 @@ impl<M: Memory> Fabric<M> {
         if ending.len() == qps {
             return true;
         }
+        let srqs: Vec<u32> =
+            self.clients[at].iter().flat_map(|client| client.srq_slots.values().copied()).collect();
+        srqs.into_iter().for_each(|srq| self.remove_srq(srq));
         self.client_index.remove(&client);
         self.clients[at] = None;
         self.schedule.dismiss(at);

@@ -125,8 +125,12 @@ impl<M: Memory> Fabric<M> {
             if state != QpState::Sqd {
                 qp.draining = None;
             }
+            let fails = state == QpState::Err && qp.state != state;
             qp.state = state;
             qp.responder.set_state(state);
+            if fails {
+                self.tell_last_wqe(at);
+            }
         }
     }
 

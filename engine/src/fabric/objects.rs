@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use verbs_abi::{
     proto::{NewQp, QpAttr},
-    shm::{arena, cq, cq::CqArea, cqe::CompletionWriter},
+    shm::{Window, arena, cq, cq::CqArea, cqe::CompletionWriter},
     verbs::{MigState, QpState, QpType},
 };
 
@@ -62,29 +62,32 @@ impl<M: Memory> Fabric<M> {
     pub fn create_qp(&mut self, client: u32, init: QpInit) -> Result<NewQp, i32> {
         let QpInit { create, geometry, area, offset } = init;
         let qp_type = QpType::try_from(create.qp_type).map_err(|_| EINVAL)?;
-        if !matches!(qp_type, QpType::Rc | QpType::Uc | QpType::Ud) {
-            return Err(EOPNOTSUPP);
+        let (sends, receives) = match qp_type {
+            QpType::Rc | QpType::Uc | QpType::Ud => (true, true),
+            QpType::XrcSend => (true, false),
+            QpType::XrcRecv if create.xrcd.is_some() => (false, false),
+            _ => return Err(EOPNOTSUPP),
+        };
+        if create.srq.is_some_and(|srq| !self.srqs.contains_key(&srq)) {
+            return Err(ENOENT);
         }
         let qpn = self.new_qpn().ok_or(ENOMEM)?;
         let at = self.free_qps.last().copied().unwrap_or(self.qps.len());
         let owner = *self.client_index.get(&client).ok_or(EINVAL)?;
         let client = self.clients[owner].as_mut().ok_or(EINVAL)?;
-        if !client.cqs.contains_key(&create.send_cq) || !client.cqs.contains_key(&create.recv_cq) {
-            return Err(ENOENT);
-        }
         let slot = client.free_slots.last().copied().unwrap_or(client.slots.len() as u32);
         if slot >= arena::MAX_QP {
             return Err(ENOMEM);
         }
-        let mut take_ring = |cq: u32| client.cqs.get_mut(&cq).and_then(Cq::take_ring).ok_or(ENOMEM);
-        let (send_cq, send_slot) = take_ring(create.send_cq)?;
-        let (recv_cq, recv_slot) = match take_ring(create.recv_cq) {
-            Ok(taken) => taken,
-            Err(errno) => {
-                client.give_ring(create.send_cq, send_slot);
-                return Err(errno);
-            }
-        };
+        let (sends, send_slot) = client.completions(sends.then_some(create.send_cq), &area.sq_cqes)?;
+        let (receives, recv_slot) =
+            match client.completions(receives.then_some(create.recv_cq), &area.rq_cqes) {
+                Ok(made) => made,
+                Err(errno) => {
+                    client.give_ring(create.send_cq, send_slot);
+                    return Err(errno);
+                }
+            };
         // Nothing fails from here on: what was only looked at is taken.
         client.free_slots.pop();
         self.free_qps.pop();
@@ -94,8 +97,6 @@ impl<M: Memory> Fabric<M> {
         client.slots[slot as usize] = Some(at);
         self.schedule.adopt(at, owner);
 
-        let sends = Completions::new(CompletionWriter::new(area.sq_cqes.clone(), 0), send_cq, send_slot);
-        let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), recv_cq, recv_slot);
         let attr =
             QpAttr { cap: create.cap, path_mig_state: MigState::Migrated.value(), ..QpAttr::default() };
         let qp = Qp {
@@ -123,6 +124,8 @@ impl<M: Memory> Fabric<M> {
         }
         self.qps[at] = Some(qp);
         self.qpn_index.insert(qpn, at);
+        create.srq.into_iter().for_each(|srq| self.join_srq(at, srq));
+        create.xrcd.into_iter().for_each(|domain| self.join_domain(at, domain));
         Ok(NewQp { qpn, slot, offset, geometry, send_slot, recv_slot })
     }
 
@@ -153,6 +156,9 @@ impl<M: Memory> Fabric<M> {
         let mut qp = self.qps[at].take()?;
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);
+        qp.responder.give_back();
+        qp.create.srq.into_iter().for_each(|srq| self.leave_srq(at, srq));
+        qp.create.xrcd.into_iter().for_each(|domain| self.leave_domain(at, domain));
         self.schedule.forget(at);
         self.qpn_index.remove(&qp.qpn);
         self.free_qps.push(at);
@@ -180,7 +186,14 @@ impl<M: Memory> Fabric<M> {
 }
 
 impl<M> Client<M> {
-    fn give_ring(&mut self, cq: u32, ring: u32) {
+    /// The completions of a new queue, and their ring's slot in the CQ; into the void for a queue without CQ.
+    fn completions(&mut self, cq: Option<u32>, ring: &Window) -> Result<(Completions, u32), i32> {
+        let Some(cq) = cq else { return Self::no_completions().map(|none| (none, 0)).ok_or(ENOMEM) };
+        let (queue, slot) = self.cqs.get_mut(&cq).ok_or(ENOENT)?.take_ring().ok_or(ENOMEM)?;
+        Ok((Completions::new(CompletionWriter::new(ring.clone(), 0), queue, slot), slot))
+    }
+
+    pub(super) fn give_ring(&mut self, cq: u32, ring: u32) {
         if let Some(cq) = self.cqs.get_mut(&cq) {
             cq.free_rings.push(ring);
             cq.rings -= 1;
@@ -189,7 +202,7 @@ impl<M> Client<M> {
 }
 
 impl Cq {
-    fn take_ring(&mut self) -> Option<(Arc<CompletionQueue>, u32)> {
+    pub(super) fn take_ring(&mut self) -> Option<(Arc<CompletionQueue>, u32)> {
         let ring = self.free_rings.pop().unwrap_or_else(|| {
             self.next_ring += 1;
             self.next_ring - 1

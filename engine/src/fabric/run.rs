@@ -8,6 +8,7 @@ use verbs_abi::{
 use super::{
     Fabric, Qp,
     schedule::{QUANTUM, WORK},
+    shared::counterpart,
 };
 use crate::{Attempt, Fetch, Memory, Requester, Responder, SLICE, responder::Notice};
 
@@ -40,19 +41,26 @@ impl<M: Memory> Fabric<M> {
     /// Takes all doorbells. True: some were rung.
     pub fn collect(&mut self) -> bool {
         let mut rung = std::mem::take(&mut self.rung);
+        let mut rung_srqs = std::mem::take(&mut self.rung_srqs);
         let mut any = false;
         for client in self.clients.iter_mut().flatten() {
             if client.doorbells.pending() {
                 any = true;
-                let slots = &client.slots;
-                let found = |slot: u32| rung.extend(slots.get(slot as usize).copied().flatten());
+                let (slots, srqs) = (&client.slots, &client.srq_slots);
+                let found = |slot: u32| match slots.get(slot as usize).copied().flatten() {
+                    Some(at) => rung.push(at),
+                    None => rung_srqs.extend(srqs.get(&slot)),
+                };
                 client.doorbells.take(&mut client.next_word, WORDS, found);
             }
         }
         for at in rung.drain(..) {
             self.answer(at);
         }
-        self.rung = rung;
+        for number in rung_srqs.drain(..) {
+            self.answer_srq(number);
+        }
+        (self.rung, self.rung_srqs) = (rung, rung_srqs);
         any
     }
 
@@ -255,12 +263,13 @@ impl<M: Memory> Fabric<M> {
 
     fn attempt(&mut self, at: usize, now: u64, budget: &mut u64) -> Attempt {
         let peer_at = self.resolve_peer(at);
+        let srq_owner = peer_at.and_then(|peer_at| self.select_srq(at, peer_at));
         let Some((requester, owner, peer)) = halves(&mut self.qps, at, peer_at) else {
             return Attempt::Wait(None);
         };
         let Some(local) = self.clients[owner].as_ref() else { return Attempt::Wait(None) };
         let peer = peer.and_then(|(responder, owner)| {
-            self.clients[owner].as_ref().map(|client| (responder, &client.memory))
+            self.clients[srq_owner.unwrap_or(owner)].as_ref().map(|client| (responder, &client.memory))
         });
         let attempt = requester.attempt(&local.memory, peer, now, budget);
         self.heed(peer_at);
@@ -287,7 +296,12 @@ impl<M: Memory> Fabric<M> {
     #[inline]
     fn heed(&mut self, peer_at: Option<usize>) {
         let Some(at) = peer_at else { return };
-        match self.qps[at].as_mut().and_then(|qp| qp.responder.take_notice()) {
+        let Some(qp) = self.qps[at].as_mut() else { return };
+        let notice = qp.responder.take_notice();
+        if qp.responder.shared().is_some() {
+            self.heed_limit(at);
+        }
+        match notice {
             None => {}
             Some(Notice { failed: true, event }) => self.fail_responder(at, event),
             Some(Notice { failed: false, event }) => {
@@ -319,7 +333,7 @@ impl<M: Memory> Fabric<M> {
     /// The send queue met an error; a peer that sent a NAK is in error, too, and may raise an event.
     pub(super) fn set_failed(&mut self, at: usize, peer: Option<Option<EventType>>) {
         let Some(qp) = self.qps[at].as_ref() else { return };
-        let (peer_at, reliable) = (qp.direct.or(qp.peer), qp.requester.qp_type() == QpType::Rc);
+        let (peer_at, reliable) = (qp.direct.or(qp.peer), qp.requester.qp_type().is_reliable());
         if reliable {
             self.fail_all(at);
         } else {
@@ -365,7 +379,7 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
         let found = *self.qpn_index.get(&qpn)?;
         let peer = self.qps[found].as_ref()?;
-        let same_type = peer.requester.qp_type() == qp.requester.qp_type();
+        let same_type = peer.requester.qp_type() == counterpart(qp.requester.qp_type());
         let there = self.clients[peer.owner].as_ref()?.gids.contains(dgid);
         (same_type && peer.tenant == qp.tenant && there).then_some(found)
     }

@@ -29,6 +29,7 @@ mod isolation;
 mod property;
 mod retries;
 mod revocation;
+mod shared;
 mod statuses;
 mod strangers;
 mod windows;
@@ -185,6 +186,7 @@ impl App {
             qp_type: qp_type.value(),
             cap,
             sq_sig_all: false,
+            ..CreateQp::default()
         };
         let init = QpInit { create, geometry, area: area.clone(), offset: 128 * 1024 };
         let qp = fabric.create_qp(client, init).unwrap();

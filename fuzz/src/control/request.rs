@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use verbs_abi::{
     proto::{
-        AhAttr, Answer, CreateQp, Gid, Mode, QpAttr, QpCap, RegMr, Request,
+        AhAttr, Answer, CreateQp, CreateSrq, Gid, Mode, QpAttr, QpCap, RegMr, Request,
         cm::{Address, CmAnswer, CmOption, CmRequest, Command, ConnParam, IbAddress},
     },
     qp_state,
@@ -33,6 +33,7 @@ pub(super) struct Handles {
     small: Vec<u32>,
     keys: Vec<u32>,
     qps: Vec<u32>,
+    srqs: Vec<u32>,
     /// Of the connection manager.
     ids: Vec<u32>,
     gid: Gid,
@@ -45,6 +46,7 @@ impl Handles {
             Answer::Cq { cq, .. } => self.small.push(*cq),
             Answer::Mr { key } => self.keys.push(*key),
             Answer::Qp(new) => self.qps.push(new.qpn),
+            Answer::Srq(new) => self.srqs.push(new.number),
             Answer::Cm(CmAnswer::Id(id)) => self.ids.push(*id),
             Answer::Cm(CmAnswer::Event(Some(event))) => self.ids.push(event.id),
             Answer::Gids(gids) => self.gid = gids.first().copied().unwrap_or_default(),
@@ -53,7 +55,7 @@ impl Handles {
     }
 
     pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
-        match input.u8() % 32 {
+        match input.u8() % 39 {
             0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
             1 => Request::Gids,
             2 => Request::AllocPd,
@@ -79,8 +81,14 @@ impl Handles {
                 Request::Cm(CmRequest::Ask { channel, command })
             }
             17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
-            19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },
             18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },
+            31 | 32 => Request::CreateSrq(self.create_srq(input)),
+            33 => Request::LimitSrq { srqn: one_of(&self.srqs, input), limit: input.odd_number() as u32 },
+            34 => Request::QuerySrq { srqn: one_of(&self.srqs, input) },
+            35 => Request::DestroySrq { srqn: one_of(&self.srqs, input) },
+            36 => Request::OpenXrcd { creates: input.u8() & 1 == 0, exclusive: input.u8() & 1 == 0 },
+            37 => Request::CloseXrcd { xrcd: one_of(&self.small, input) },
+            19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },
             _ => Request::Status,
         }
     }
@@ -149,6 +157,16 @@ impl Handles {
         }
     }
 
+    fn create_srq(&self, input: &mut Input<'_>) -> CreateSrq {
+        let xrc = (one_of(&self.small, input), one_of(&self.small, input));
+        CreateSrq {
+            pd: one_of(&self.small, input),
+            max_wr: if input.u8() < 200 { u32::from(input.u8() % 9) } else { input.odd_number() as u32 },
+            max_sge: if input.u8() < 200 { u32::from(input.u8() % 9) } else { input.odd_number() as u32 },
+            xrc: (input.u8() < 80).then_some(xrc),
+        }
+    }
+
     fn create_qp(&self, input: &mut Input<'_>) -> CreateQp {
         let [max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data] =
             std::array::from_fn(|_| {
@@ -158,6 +176,8 @@ impl Handles {
             pd: one_of(&self.small, input),
             send_cq: one_of(&self.small, input),
             recv_cq: one_of(&self.small, input),
+            srq: (input.u8() < 60).then(|| one_of(&self.srqs, input)),
+            xrcd: (input.u8() < 20).then(|| one_of(&self.small, input)),
             qp_type: if input.u8() < 200 { 2 + u32::from(input.u8() % 3) } else { input.odd_number() as u32 },
             cap: QpCap { max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data },
             sq_sig_all: false,

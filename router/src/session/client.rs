@@ -18,7 +18,7 @@ use verbs_abi::{
     shm::{LAYOUT_VERSION, doorbell::Doorbells, events::EventWriter, mr_table::MrTable},
 };
 
-use super::{Step, gids::Gids, keys::Keys, mr::Mr, queues};
+use super::{Step, gids::Gids, keys::Keys, mr::Mr, queues, srq};
 use crate::{
     account::{Account, Resource},
     arena::Arena,
@@ -84,6 +84,9 @@ pub(crate) struct Client {
     next_handle: u32,
     pub(super) cqs: HashMap<u32, queues::Cq>,
     pub(super) qps: HashMap<u32, queues::Qp>,
+    pub(super) srqs: HashMap<u32, srq::Srq>,
+    /// XRC domains that are open, by handle.
+    pub(super) xrcds: HashMap<u32, srq::Xrcd>,
     pub(super) mrs: HashMap<u32, Mr>,
     /// The PD of each memory window, by its key at first without the bits that an application chooses.
     pub(super) mws: HashMap<u32, u32>,
@@ -169,6 +172,8 @@ impl Client {
             next_handle: 1,
             cqs: HashMap::new(),
             qps: HashMap::new(),
+            srqs: HashMap::new(),
+            xrcds: HashMap::new(),
             mrs: HashMap::new(),
             mws: HashMap::new(),
             keys: Keys::default(),
@@ -212,6 +217,12 @@ impl Client {
             Request::DestroyChannel { channel } => self.destroy_channel(*channel),
             Request::CreateCq { cqe, channel } => self.create_cq(*cqe, *channel),
             Request::DestroyCq { cq } => self.destroy_cq(*cq),
+            Request::CreateSrq(create) => self.create_srq(create),
+            Request::LimitSrq { srqn, limit } => self.limit_srq(*srqn, *limit),
+            Request::QuerySrq { srqn } => self.query_srq(*srqn),
+            Request::DestroySrq { srqn } => self.destroy_srq(*srqn),
+            Request::OpenXrcd { creates, exclusive } => self.open_xrcd(*creates, *exclusive, fds),
+            Request::CloseXrcd { xrcd } => self.close_xrcd(*xrcd),
             Request::CreateQp(create) => self.create_qp(create),
             Request::ModifyQp { qpn, mask, attr } => return self.modify_qp(*qpn, *mask, attr, last),
             Request::QueryQp { qpn } => self.query_qp(*qpn),
@@ -289,7 +300,7 @@ impl Client {
     }
 
     /// A handle that was never used: a stale one stays unknown.
-    fn handle(&mut self) -> Result<u32, i32> {
+    pub(super) fn handle(&mut self) -> Result<u32, i32> {
         let handle = self.next_handle;
         self.next_handle = handle.checked_add(1).ok_or(Errno::NOMEM.raw_os_error())?;
         Ok(handle)
@@ -349,6 +360,7 @@ impl Drop for Client {
     fn drop(&mut self) {
         // Bit by bit: the lane serves others in between.
         while self.lane.with(|fabric| fabric.close_some(self.id, ENDED_AT_ONCE)) {}
+        self.lane.with(|fabric| self.xrcds.values().for_each(|xrcd| fabric.close_xrcd(xrcd.domain)));
         // Mappings and files go after this, without the lock.
     }
 }

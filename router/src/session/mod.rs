@@ -11,6 +11,7 @@ mod manager;
 mod mr;
 mod mw;
 mod queues;
+mod srq;
 
 use std::{
     io,
@@ -160,6 +161,7 @@ impl Session {
         let right = match request {
             Request::Hello { .. } => matches!(fds.len(), 1 | 2),
             Request::CreateChannel | Request::Cm(CmRequest::OpenChannel) => fds.len() == 1,
+            Request::OpenXrcd { .. } => fds.len() <= 1,
             _ => fds.is_empty(),
         };
         match &request {

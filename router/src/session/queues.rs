@@ -35,11 +35,12 @@ pub(super) struct Qp {
     place: Place,
     pd: u32,
     recv_cq: u32,
+    xrcd: Option<u32>,
 }
 
 impl Client {
     /// Room in the arena for one more QP or CQ of `len` bytes, within the quotas.
-    fn place(&mut self, resource: Resource, len: usize) -> Result<(Place, Window), i32> {
+    pub(super) fn place(&mut self, resource: Resource, len: usize) -> Result<(Place, Window), i32> {
         let held = [(resource, 1), (Resource::Queues, pages(len))];
         if !self.account.take_all(&held) {
             return Err(Errno::NOMEM.raw_os_error());
@@ -50,7 +51,7 @@ impl Client {
         })
     }
 
-    fn release(&mut self, resource: Resource, place: Place) {
+    pub(super) fn release(&mut self, resource: Resource, place: Place) {
         self.arena.release(place);
         self.account.give_all(&[(resource, 1), (Resource::Queues, pages(place.len))]);
     }
@@ -103,9 +104,7 @@ impl Client {
     }
 
     pub(super) fn create_qp(&mut self, create: &CreateQp) -> Reply {
-        let known = self.pds.contains_key(&create.pd)
-            && self.cqs.contains_key(&create.send_cq)
-            && self.cqs.contains_key(&create.recv_cq);
+        let (known, shared) = self.check_qp(create)?;
         let cap = &create.cap;
         let geometry = Geometry::new(
             cap.max_send_wr,
@@ -114,11 +113,12 @@ impl Client {
             cap.max_recv_sge,
             cap.max_inline_data,
         );
-        let (true, Some(geometry)) = (known, geometry) else { return Err(Errno::INVAL.raw_os_error()) };
+        let geometry = geometry.ok_or(Errno::INVAL.raw_os_error())?;
+        let geometry = shared.map_or(geometry, |slots| geometry.with_shared_receives(slots));
         let (place, window) = self.place(Resource::Qps, geometry.len())?;
         let area = QueueArea::new(&window, 0, geometry).ok_or(Errno::NOMEM.raw_os_error());
         let made = area.and_then(|area| {
-            let init = QpInit { create: *create, geometry, area, offset: place.offset };
+            let init = QpInit { create: known, geometry, area, offset: place.offset };
             self.lane.with(|fabric| fabric.create_qp(self.id, init))
         });
         let qp = match made {
@@ -129,7 +129,9 @@ impl Client {
             }
         };
         self.use_pd(create.pd, true);
-        self.qps.insert(qp.qpn, Qp { place, pd: create.pd, recv_cq: create.recv_cq });
+        self.use_xrcd(create.xrcd, true);
+        let CreateQp { pd, recv_cq, xrcd, .. } = *create;
+        self.qps.insert(qp.qpn, Qp { place, pd, recv_cq, xrcd });
         Ok(Answer::Qp(qp))
     }
 
@@ -185,6 +187,7 @@ impl Client {
                 }
             }
             self.use_pd(qp.pd, false);
+            self.use_xrcd(qp.xrcd, false);
         }
         Step::Done(Ok(Answer::Done))
     }

@@ -274,7 +274,15 @@ pub(crate) fn create_qp(pd: u32, cq: u32) -> Request {
     let cap =
         QpCap { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 2, max_inline_data: 64 };
     let qp_type = QpType::Rc.value();
-    Request::CreateQp(CreateQp { pd, send_cq: cq, recv_cq: cq, qp_type, cap, sq_sig_all: false })
+    Request::CreateQp(CreateQp {
+        pd,
+        send_cq: cq,
+        recv_cq: cq,
+        qp_type,
+        cap,
+        sq_sig_all: false,
+        ..CreateQp::default()
+    })
 }
 
 pub(crate) fn reg_mr(pd: u32, addr: u64, len: u64) -> RegMr {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::cm::{CmAnswer, CmRequest};
-use crate::shm::queue::Geometry;
+use crate::shm::{queue::Geometry, srq::SrqGeometry};
 
 /// A 16-byte GID in network order.
 pub type Gid = [u8; 16];
@@ -84,6 +84,37 @@ pub enum Request {
         /// The CQ.
         cq: u32,
     },
+    /// `ibv_create_srq`.
+    CreateSrq(CreateSrq),
+    /// `ibv_modify_srq`: an event when fewer receives than this are left, once; 0 for none.
+    LimitSrq {
+        /// The SRQ number.
+        srqn: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// The limit of an SRQ that was not reached yet. The answer is [`Answer::Handle`].
+    QuerySrq {
+        /// The SRQ number.
+        srqn: u32,
+    },
+    /// `ibv_destroy_srq`. EBUSY while a QP uses it.
+    DestroySrq {
+        /// The SRQ number.
+        srqn: u32,
+    },
+    /// `ibv_open_xrcd`. Descriptor: the file that stands for the domain, if any.
+    OpenXrcd {
+        /// Whether it is made if there is none.
+        creates: bool,
+        /// Whether there may be none yet.
+        exclusive: bool,
+    },
+    /// `ibv_close_xrcd`. EBUSY while a QP or an SRQ of this client uses it.
+    CloseXrcd {
+        /// The domain.
+        xrcd: u32,
+    },
     /// `ibv_create_qp`.
     CreateQp(CreateQp),
     /// `ibv_modify_qp`.
@@ -140,20 +171,37 @@ pub struct RegMr {
 }
 
 /// `ibv_create_qp`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreateQp {
-    /// Protection domain.
+    /// Protection domain; 0 for an XRC receiver, which has none.
     pub pd: u32,
-    /// CQ of the send queue.
+    /// CQ of the send queue; 0 for an XRC receiver.
     pub send_cq: u32,
-    /// CQ of the receive queue.
+    /// CQ of the receive queue; 0 for either side of XRC.
     pub recv_cq: u32,
+    /// The SRQ that it takes its receives from.
+    pub srq: Option<u32>,
+    /// The XRC domain of an XRC receiver.
+    pub xrcd: Option<u32>,
     /// `enum ibv_qp_type`.
     pub qp_type: u32,
     /// Capacities wanted.
     pub cap: QpCap,
     /// Whether every send raises a completion (for `query_qp`; the provider sets the flag on each WQE).
     pub sq_sig_all: bool,
+}
+
+/// `ibv_create_srq`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateSrq {
+    /// Protection domain.
+    pub pd: u32,
+    /// Outstanding receives.
+    pub max_wr: u32,
+    /// SGEs in a receive.
+    pub max_sge: u32,
+    /// For an XRC queue its domain and the CQ that it completes to.
+    pub xrc: Option<(u32, u32)>,
 }
 
 /// `struct ibv_qp_cap`.
@@ -283,6 +331,8 @@ pub enum Answer {
         /// Where it lies in the arena.
         offset: u64,
     },
+    /// A new SRQ.
+    Srq(NewSrq),
     /// A new QP.
     Qp(NewQp),
     /// To [`Request::ModifyQp`] that made or ended a direct connection. Descriptors: the peer's arena, its
@@ -329,6 +379,23 @@ pub struct Limits {
     pub max_pd: u32,
     /// Entries of a CQ.
     pub max_cqe: u32,
+}
+
+/// A new SRQ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewSrq {
+    /// Its number, unique on this host.
+    pub number: u32,
+    /// Its doorbell slot.
+    pub slot: u32,
+    /// Where it lies in the arena.
+    pub offset: u64,
+    /// Its sizes.
+    pub geometry: SrqGeometry,
+    /// Where the completion ring of an XRC queue lies in the arena.
+    pub ring_offset: u64,
+    /// That ring's slot in the CQ.
+    pub ring_slot: u32,
 }
 
 /// A new QP.

@@ -22,6 +22,7 @@ pub mod lane;
 pub mod mr_table;
 pub mod queue;
 pub mod seat;
+pub mod srq;
 pub mod window;
 pub mod wqe;
 

@@ -34,7 +34,7 @@ pub struct Geometry {
     pub sq_cqes: u32,
     /// Entries of the receive queue and of its completion ring.
     pub rq_entries: u32,
-    /// Blocks of one receive entry.
+    /// Blocks of one receive entry; 0 if receives come from a shared queue.
     pub rq_stride: u32,
 }
 
@@ -57,6 +57,12 @@ impl Geometry {
             rq_entries: recv_wr.max(1).next_power_of_two(),
             rq_stride: wqe::recv_blocks(recv_sge as usize) as u32,
         })
+    }
+
+    /// The same for a QP that takes its receives from a shared queue of so many slots, each of which it may complete.
+    #[must_use]
+    pub fn with_shared_receives(self, slots: u32) -> Self {
+        Self { rq_entries: slots.max(1).next_power_of_two(), rq_stride: 0, ..self }
     }
 
     /// Offsets of SQ, RQ, SQ completions, RQ completions and the end; the one place that computes them.

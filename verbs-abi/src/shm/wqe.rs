@@ -3,7 +3,7 @@
 //! ```text
 //! send, first block
 //!  0 wr_id                     8 opcode | flags | blocks | num_sge | imm or invalidated key
-//! 16 remote address           24 rkey | inline length
+//! 16 remote address           24 rkey | inline length (10 bits) | SRQ number (22 bits, XRC)
 //! 32 first SGE (address, length | lkey), or up to 16 inline bytes
 //! 48 compare/add, swap; UD: remote QPN | Q_Key
 //! UD only: an address block: dgid (16), sgid index | hop limit | traffic class | flow label
@@ -23,7 +23,12 @@ pub const MAX_INLINE: usize = 512;
 /// WRs in one queue.
 pub const MAX_WR: u32 = 16_384;
 
+/// Bits of an SRQ's number.
+pub const SRQN_BITS: u32 = 22;
+
 const INLINE_IN_FIRST: usize = 16;
+const INLINE_BITS: u32 = 32 - SRQN_BITS;
+const _: () = assert!(MAX_INLINE < 1 << INLINE_BITS);
 
 /// One scatter/gather element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +101,8 @@ pub struct SendWqe {
     pub remote_addr: u64,
     /// Remote key of RDMA and atomics.
     pub rkey: u32,
+    /// The receiver's SRQ (XRC).
+    pub srqn: u32,
     /// Compare or add operand.
     pub compare_add: u64,
     /// Swap operand.
@@ -180,6 +187,7 @@ impl Default for SendWqe {
             imm: 0,
             remote_addr: 0,
             rkey: 0,
+            srqn: 0,
             compare_add: 0,
             swap: 0,
             address: Address::default(),
@@ -240,6 +248,7 @@ impl SendWqe {
     #[inline]
     pub fn reset(&mut self) {
         self.flags = 0;
+        self.srqn = 0;
         self.num_sge = 0;
         self.inline_len = 0;
     }
@@ -271,7 +280,7 @@ impl SendWqe {
                 self.wr_id,
                 shape | u64::from(self.imm) << 32,
                 self.remote_addr,
-                u64::from(self.rkey) | (inline_len as u64) << 32,
+                u64::from(self.rkey) | (inline_len as u64 | u64::from(self.srqn) << INLINE_BITS) << 32,
                 payload[0],
                 payload[1],
                 operands[0],
@@ -312,7 +321,8 @@ impl SendWqe {
         self.remote_addr = first[2];
         self.rkey = first[3] as u32;
         let num_sge = (first[1] >> 24) as u8;
-        let inline = (first[3] >> 32) as u32;
+        let inline = (first[3] >> 32) as u32 & ((1 << INLINE_BITS) - 1);
+        self.srqn = (first[3] >> (32 + INLINE_BITS)) as u32;
         let is_inline = self.flags & flag::INLINE != 0;
         let has_address = self.flags & flag::ADDRESS != 0;
         let bad = BadWqe::Shape { blocks: self.blocks, num_sge, inline };
@@ -494,12 +504,13 @@ mod tests {
     #[test]
     fn inline_data_of_every_length_survives_the_queue() {
         for len in 0..=MAX_INLINE {
-            let mut wqe = SendWqe::default();
+            let mut wqe = SendWqe { srqn: (1 << SRQN_BITS) - 1, rkey: u32::MAX, ..SendWqe::default() };
             for (i, byte) in wqe.inline_mut(len).unwrap().iter_mut().enumerate() {
                 *byte = i as u8 ^ 0x5a;
             }
             let read = round_trip(&wqe);
             assert_eq!(read.inline(), wqe.inline());
+            assert_eq!((read.srqn, read.rkey), (wqe.srqn, wqe.rkey));
             assert!(read.blocks as usize <= send_blocks(0, len));
         }
         assert!(SendWqe::default().inline_mut(MAX_INLINE + 1).is_none());

@@ -8,8 +8,15 @@ fn flood(fabric: &mut Fabric<TestMemory>, app: &App, len: u32) -> QueueArea {
     let area = QueueArea::new(&Window::heap(geometry.len()), 0, geometry).unwrap();
     let cap =
         QpCap { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 1, max_recv_sge: 1, max_inline_data: 0 };
-    let create =
-        CreateQp { pd: PD, send_cq: 1, recv_cq: 1, qp_type: QpType::Rc.value(), cap, sq_sig_all: false };
+    let create = CreateQp {
+        pd: PD,
+        send_cq: 1,
+        recv_cq: 1,
+        qp_type: QpType::Rc.value(),
+        cap,
+        sq_sig_all: false,
+        ..CreateQp::default()
+    };
     let init = QpInit { create, geometry, area: area.clone(), offset: 0 };
     let qp = fabric.create_qp(app.client, init).unwrap();
     for state in [QpState::Init, QpState::Rtr, QpState::Rts] {

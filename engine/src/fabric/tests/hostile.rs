@@ -6,8 +6,15 @@ use super::*;
 fn create(fabric: &mut Fabric<TestMemory>, app: &App, cq: u32, area: &QueueArea) -> u32 {
     let cap =
         QpCap { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 1, max_recv_sge: 1, max_inline_data: 0 };
-    let create =
-        CreateQp { pd: PD, send_cq: cq, recv_cq: cq, qp_type: QpType::Rc.value(), cap, sq_sig_all: false };
+    let create = CreateQp {
+        pd: PD,
+        send_cq: cq,
+        recv_cq: cq,
+        qp_type: QpType::Rc.value(),
+        cap,
+        sq_sig_all: false,
+        ..CreateQp::default()
+    };
     let init = QpInit { create, geometry: area.geometry(), area: area.clone(), offset: 0 };
     fabric.create_qp(app.client, init).unwrap().qpn
 }
