@@ -28,7 +28,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage
-       freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust
+       freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT
        freeflow-probe kill-loop --rounds N --seed S";
 
 fn main() -> ExitCode {
@@ -68,6 +68,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["hold", count] => idle::hold(count.parse()?),
         ["idle-qps", count] => idle::qps(count.parse()?),
         ["meet", folder, own, other] => meet::meet(folder, own, other),
+        ["flood", count] => idle::flood(count.parse()?),
         ["exhaust"] => meet::exhaust(),
         ["outage"] => outage::survive(),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),

@@ -41,8 +41,11 @@ impl<M: Memory> Fabric<M> {
             recv_slot: peer.rings[1],
         };
         let recv_cq = peer.create.recv_cq;
+        let (owner, peer_owner) = (qp.owner, peer.owner);
         self.qps[at].as_mut()?.direct = Some(peer_at);
         self.qps[peer_at].as_mut()?.attached.push(at);
+        self.clients[owner].as_mut()?.paired.insert(at);
+        self.clients[peer_owner].as_mut()?.paired.insert(peer_at);
         Some((direct, recv_cq))
     }
 
@@ -182,12 +185,18 @@ impl<M: Memory> Fabric<M> {
     /// Whether nobody executes on a client's memory outside the router: no direct peer, and no thread of its own.
     /// True once is enough after a key was invalidated.
     pub fn is_quiet(&mut self, client: u32) -> bool {
-        let Some(at) = self.client_index.get(&client) else { return true };
-        let qps: Vec<usize> =
-            self.clients[*at].iter().flat_map(|client| client.slots.iter().flatten().copied()).collect();
+        let Some(&owner) = self.client_index.get(&client) else { return true };
+        let paired: Vec<usize> =
+            self.clients[owner].iter().flat_map(|client| client.paired.clone()).collect();
         let mut quiet = true;
-        for qp in qps {
-            quiet &= self.seize_receives(qp) & self.borrow_seat(qp);
+        for at in paired {
+            quiet &= self.seize_receives(at) & self.borrow_seat(at);
+            let is_single = self.qps[at]
+                .as_ref()
+                .is_none_or(|qp| qp.held && qp.direct.is_none() && qp.attached.is_empty());
+            if is_single && let Some(client) = self.clients[owner].as_mut() {
+                client.paired.remove(&at);
+            }
         }
         quiet
     }

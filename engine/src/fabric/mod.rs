@@ -11,7 +11,10 @@ mod run;
 mod schedule;
 mod shared;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use verbs_abi::{
     proto::{CreateQp, DirectPeer, Gid, Mode, QpAttr},
@@ -117,6 +120,8 @@ struct Client<M> {
     /// SRQ by doorbell slot.
     srq_slots: HashMap<u32, u32>,
     free_slots: Vec<u32>,
+    /// QPs that are or were connected directly, either way: all others execute in the router alone.
+    paired: BTreeSet<usize>,
     /// Where to go on looking at its doorbells.
     next_word: usize,
     cqs: HashMap<u32, Cq>,
@@ -229,6 +234,7 @@ impl<M: Memory> Fabric<M> {
             srq_slots: HashMap::new(),
             free_slots: Vec::new(),
             next_word: 0,
+            paired: BTreeSet::new(),
             cqs: HashMap::new(),
             next_cq: 1,
         };

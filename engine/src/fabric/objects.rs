@@ -164,6 +164,7 @@ impl<M: Memory> Fabric<M> {
         self.free_qps.push(at);
         if let Some(client) = self.clients[qp.owner].as_mut() {
             client.slots[qp.slot as usize] = None;
+            client.paired.remove(&at);
             client.free_slots.push(qp.slot);
             for (cq, ring) in [qp.create.send_cq, qp.create.recv_cq].into_iter().zip(qp.rings) {
                 client.give_ring(cq, ring);

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Failure, failure, host,
+    Failure, configuration, failure, host,
     install::Tree,
     node::{self, MEND, Node},
     probe::{Listener, probe},
@@ -27,6 +27,9 @@ pub(crate) struct Args {
     /// The router's control socket [env: FREEFLOW_SOCKET]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// The router's configuration; without it, /etc/freeflow/router.toml where it exists
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +73,7 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
         ("namespaces", namespaces),
         ("libibverbs", host::libibverbs(&tree)),
         ("kernel RDMA", host::kernel_rdma(&tree)),
+        ("configuration", configuration::look(args.config.as_deref(), &socket)),
         ("router", router(&socket)),
         ("client memory", host::process_memory()),
         ("memfd", host::memfd()),

@@ -5,6 +5,7 @@
 
 mod autostart;
 mod claim;
+mod configuration;
 mod doctor;
 mod env;
 mod failure;

@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 use super::{Failure, claim::Claim, failure, runtime, wire};
 
 /// Read without --config, by root's router alone.
-const SYSTEM_CONFIG: &str = "/etc/freeflow/router.toml";
+pub(crate) const SYSTEM_CONFIG: &str = "/etc/freeflow/router.toml";
 
 const MORE: &str = "\
 Without --socket it listens on /run/freeflow/router.sock (root),

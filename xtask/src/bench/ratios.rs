@@ -26,6 +26,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 const MESSAGE: usize = 65_536;
 const PAIRS: usize = 16;
 const IDLE_QPS: &str = "10000";
+const BUSY_QPS: &str = "1000";
 
 /// One promise.
 #[derive(Debug)]
@@ -51,7 +52,7 @@ pub(crate) struct Measurement {
 }
 
 /// All promises.
-pub(crate) const RATIOS: [Ratio; 6] = [
+pub(crate) const RATIOS: [Ratio; 7] = [
     Ratio { name: "write latency 8 B", unit: "us", target: Target::AtMost(2.5), measure: write_latency },
     Ratio {
         name: "write bandwidth 64 KiB",
@@ -76,6 +77,12 @@ pub(crate) const RATIOS: [Ratio; 6] = [
         unit: "x alone",
         target: Target::AtMost(1.1),
         measure: idle_qps,
+    },
+    Ratio {
+        name: "latency beside 1000 busy QPs",
+        unit: "x alone",
+        target: Target::AtMost(2.0),
+        measure: busy_qps,
     },
     Ratio { name: "idle router", unit: "% of a core", target: Target::AtMost(0.5), measure: idle_router },
 ];
@@ -156,20 +163,38 @@ fn bytes_a_second(outcome: &PairOutcome) -> Result<f64> {
 }
 
 fn idle_qps(bed: &Bed) -> Result<Measurement> {
+    beside(bed, ["idle-qps", IDLE_QPS], |bed| latency(bed, "ib_write_lat"))
+}
+
+/// Both ends of the ping sleep until they are told of a completion, and the flooding process sleeps between
+/// filling its queues: so what is compared is the router's work, not who gets a core.
+fn busy_qps(bed: &Bed) -> Result<Measurement> {
+    beside(bed, ["flood", BUSY_QPS], |bed| {
+        let tool = Tool::new("ib_send_lat", &["-s", "8", "-n", "5000", "-e"]);
+        let outcome = bed.run_pair(&tool, LIMIT)?;
+        outcome.success()?;
+        let row = perftest::single_row(&outcome.client.stdout)?;
+        row.latency().context("not the table of a latency test")
+    })
+}
+
+/// A latency beside a probe that does this, in that without it.
+fn beside(bed: &Bed, probe_words: [&str; 2], latency: fn(&Bed) -> Result<f64>) -> Result<Measurement> {
     let probe = build::probe()?.display().to_string();
-    let alone = latency(bed, "ib_write_lat")?;
-    let words = [probe.as_str(), "idle-qps", IDLE_QPS].map(str::to_owned);
+    let alone = latency(bed)?;
+    let [subcommand, count] = probe_words;
+    let words = [probe.as_str(), subcommand, count].map(str::to_owned);
     let mut sleeper = Job::spawn(bed.command(&bed.client, &words), LIMIT)?;
     while !sleeper.stdout().contains("READY") {
         interrupt::check()?;
         if sleeper.has_ended()? {
-            bail!("no {IDLE_QPS} idle QPs: {}", sleeper.wait()?.report());
+            bail!("no {subcommand} {count}: {}", sleeper.wait()?.report());
         }
         thread::sleep(Duration::from_millis(50));
     }
-    let beside = latency(bed, "ib_write_lat")?;
+    let beside = latency(bed)?;
     if sleeper.has_ended()? {
-        bail!("the idle QPs went before the end: {}", sleeper.wait()?.report());
+        bail!("the other QPs went before the end: {}", sleeper.wait()?.report());
     }
     Ok(Measurement { figure: beside / alone, from: format!("{beside:.2} of {alone:.2} us") })
 }

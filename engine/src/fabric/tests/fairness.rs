@@ -124,3 +124,29 @@ fn a_heavier_client_gets_so_much_more() {
     let [light, heavy] = [1, 2].map(|client| fabric.lane_use(client) as f64);
     assert!((2.5..3.5).contains(&(heavy / light)), "{heavy} to {light}");
 }
+
+#[test]
+fn a_client_with_many_qps_ends_bit_by_bit_and_is_looked_at_bit_by_bit() {
+    let (mut fabric, a, b) = pair(QpType::Rc);
+    let flooder = App::new(&mut fabric, 3, QpType::Rc, Mode::Isolated);
+    let _areas: Vec<_> = (0..199).map(|_| flood(&mut fabric, &flooder, 8)).collect();
+    assert_eq!((fabric.owner_of(flooder.qpn), fabric.owner_of(1)), (Some(3), None));
+    let parts: Vec<usize> = (0..)
+        .step_by(64)
+        .map_while(|start| fabric.snapshot_part(start..start + 64))
+        .map(|part| part.len())
+        .collect();
+    assert_eq!(parts, [64, 64, 64, 10], "two of the pair, one of its own and the 199");
+    let mut left = 200;
+    while fabric.close_some(flooder.client, 64) {
+        let now = fabric.snapshot().iter().filter(|qp| qp.client == flooder.client).count();
+        assert!(left - now <= 64);
+        left = now;
+        // The lane goes on in between, and what is left of it is still served.
+        step(&mut fabric);
+    }
+    assert!(left <= 64);
+    assert!(fabric.clients[2].is_none());
+    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts));
+    assert!(!fabric.close_some(flooder.client, 64), "and is gone");
+}
