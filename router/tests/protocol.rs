@@ -11,7 +11,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::process::CommandExt,
     },
-    process::Command,
+    process::{Child, Command},
     time::Duration,
 };
 
@@ -28,6 +28,23 @@ use verbs_abi::{
 
 const EINVAL: i32 = libc::EINVAL;
 const EBUSY: i32 = libc::EBUSY;
+
+/// A connection that is another process's, which does nothing.
+fn sleeper(bed: &Bed) -> (Child, Endpoint) {
+    let socket = unconnected();
+    let address = SocketAddrUnix::new(&bed.path).unwrap();
+    let raw = socket.as_raw_fd();
+    let mut command = Command::new("sleep");
+    command.arg("60");
+    // SAFETY: the closure makes one system call on a descriptor that the child has inherited.
+    unsafe {
+        command.pre_exec(move || {
+            let socket = std::os::fd::BorrowedFd::borrow_raw(raw);
+            connect(socket, &address).map_err(io::Error::from)
+        });
+    }
+    (command.spawn().unwrap(), Endpoint::new(socket))
+}
 
 fn modify(qpn: u32, to: QpState) -> Request {
     Request::ModifyQp { qpn, mask: QpAttrMask::STATE.bits(), attr: state(to) }
@@ -327,7 +344,9 @@ fn memory_in_the_region_is_reached_at_its_address() {
 #[test]
 fn a_direct_pair_is_introduced_and_taken_apart() {
     let bed = Bed::new();
-    let (a, b) = (Client::new(bed.dial(), Mode::Direct), Client::new(bed.dial(), Mode::Direct));
+    // A peer that makes progress would be waited for.
+    let (mut process, endpoint) = sleeper(&bed);
+    let (a, b) = (Client::new(bed.dial(), Mode::Direct), Client::new(endpoint, Mode::Direct));
     let (pd_a, pd_b) = (a.pd(), b.pd());
     let channel = event();
     let Ok(Answer::Handle(id)) = b.channel(&channel) else { panic!() };
@@ -347,25 +366,15 @@ fn a_direct_pair_is_introduced_and_taken_apart() {
         assert!(bed.open().ask(&Request::AllocPd).is_ok(), "others are served meanwhile");
         assert_eq!(a.endpoint.recv::<verbs_abi::proto::Reply>().unwrap().0, Ok(Answer::Done), "{request:?}");
     }
+    process.kill().unwrap();
+    process.wait().unwrap();
 }
 
 #[test]
 fn the_end_of_a_process_ends_its_device_though_others_hold_the_connection() {
     let bed = Bed::new();
-    let socket = unconnected();
-    let address = SocketAddrUnix::new(&bed.path).unwrap();
-    let raw = socket.as_raw_fd();
-    let mut command = Command::new("sleep");
-    command.arg("60");
-    // SAFETY: the closure makes one system call on a descriptor that the child has inherited.
-    unsafe {
-        command.pre_exec(move || {
-            let socket = std::os::fd::BorrowedFd::borrow_raw(raw);
-            connect(socket, &address).map_err(io::Error::from)
-        });
-    }
-    let mut process = command.spawn().unwrap();
-    let client = Client::new(Endpoint::new(socket), Mode::Isolated);
+    let (mut process, endpoint) = sleeper(&bed);
+    let client = Client::new(endpoint, Mode::Isolated);
     let status = client::status(&bed.path).unwrap();
     assert_eq!((status.clients[0].pid, status.clients[0].comm.as_str()), (process.id(), "sleep"));
     process.kill().unwrap();
