@@ -1,6 +1,9 @@
 //! Registered memory of every kind, and what the program does to its mappings under a live MR.
 
-use std::{fs, io, ptr};
+use std::{
+    fs, io, ptr,
+    sync::atomic::{Ordering, fence},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use verbs_abi::ffi::*;
@@ -300,7 +303,7 @@ pub(crate) fn allocator() -> Result<()> {
     let (a, b) = (&pair.a, &pair.b);
     let sizes = [40, 1000, 5000, PAGE, 3 * PAGE, 40_000, 130_000, 300_000, 1_000_000];
     let mut kept: Vec<(*mut u8, usize, u8)> = Vec::new();
-    for round in 0..400_usize {
+    for round in 0..90_usize {
         let size = sizes[round % sizes.len()] + round;
         // SAFETY: any size may be asked for.
         let block = unsafe { libc::calloc(1, size).cast::<u8>() };
@@ -323,7 +326,7 @@ pub(crate) fn allocator() -> Result<()> {
             // SAFETY: from calloc, and freed once.
             unsafe { libc::free(block.cast()) };
         }
-        if round % 50 == 0 {
+        if round % 20 == 0 {
             // SAFETY: the C library's own; it gives back what other allocators do by themselves.
             unsafe { libc::malloc_trim(0) };
         }
@@ -332,6 +335,9 @@ pub(crate) fn allocator() -> Result<()> {
 }
 
 fn bytes(block: *const u8, len: usize) -> Vec<u8> {
-    // SAFETY: callers pass live blocks of that length; volatile, for the device wrote them.
-    (0..len).map(|at| unsafe { block.add(at).read_volatile() }).collect()
+    fence(Ordering::SeqCst);
+    let mut bytes = vec![0; len];
+    // SAFETY: callers pass live blocks of that length.
+    unsafe { ptr::copy_nonoverlapping(block, bytes.as_mut_ptr(), len) };
+    bytes
 }
