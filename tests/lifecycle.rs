@@ -30,6 +30,7 @@ fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("an open without a router fails at once and says what to do", open_without_router),
         trial("a router that is asked to end exits with 0 and takes its socket away", asked_to_end),
+        trial("a killed router wakes who waits for an event of rdma_cm", killed_under_cm),
         trial("two hundred programs, half of them killed, leave nothing behind", visits),
     ];
     for mode in MODES {
@@ -82,6 +83,14 @@ fn open_without_router(scene: &Scene) -> Result<()> {
         ensure!(told.contains(part), "{part:?} is not in {told:?}");
     }
     Ok(())
+}
+
+fn killed_under_cm(scene: &Scene) -> Result<()> {
+    let daemon = scene.daemon()?;
+    let victim = probe::start(&scene.tree, &daemon.socket, MODES[0], &["cm-outage"])?;
+    thread::sleep(Duration::from_millis(200));
+    daemon.kill()?;
+    probe::verdict("cm-outage", &victim.wait()?)
 }
 
 fn killed_under_traffic(scene: &Scene, mode: &str) -> Result<()> {

@@ -9,19 +9,22 @@ use std::{
     time::Duration,
 };
 
-use crate::{CommId, Manager, Message, manager::Service, reason};
+use crate::{CommId, Manager, Message, reason};
 
 /// How long a port is waited for.
 const GRACE: Duration = Duration::from_millis(500);
 /// Requests that may wait for one port.
 const MAX_WAITING: usize = 1024;
 
+/// A port of a tenant, in whatever port space: perftest listens for a connection first, then for datagrams.
+pub(crate) type Port = (u32, u16);
+
 /// Ports whose listener has just ended.
 #[derive(Debug, Default)]
 pub(crate) struct Graces {
-    ports: HashMap<Service, Grace>,
+    ports: HashMap<Port, Grace>,
     /// In the order in which they end.
-    order: VecDeque<(Duration, Service)>,
+    order: VecDeque<(Duration, Port)>,
 }
 
 #[derive(Debug)]
@@ -37,15 +40,15 @@ impl Graces {
     }
 
     /// A listener has ended.
-    pub(crate) fn begin(&mut self, service: Service, now: Duration) {
+    pub(crate) fn begin(&mut self, port: Port, now: Duration) {
         let until = now + GRACE;
-        self.ports.entry(service).or_insert(Grace { until, waiting: Vec::new() }).until = until;
-        self.order.push_back((until, service));
+        self.ports.entry(port).or_insert(Grace { until, waiting: Vec::new() }).until = until;
+        self.order.push_back((until, port));
     }
 
     /// Lets a request wait, or gives it back.
-    pub(crate) fn wait(&mut self, service: Service, message: Message) -> Option<Message> {
-        match self.ports.get_mut(&service) {
+    pub(crate) fn wait(&mut self, port: Port, message: Message) -> Option<Message> {
+        match self.ports.get_mut(&port) {
             Some(grace) if grace.waiting.len() < MAX_WAITING => {
                 grace.waiting.push(message);
                 None
@@ -55,24 +58,24 @@ impl Graces {
     }
 
     /// Somebody does not want any more.
-    pub(crate) fn withdraw(&mut self, service: Service, from: CommId) {
-        if let Some(grace) = self.ports.get_mut(&service) {
+    pub(crate) fn withdraw(&mut self, port: Port, from: CommId) {
+        if let Some(grace) = self.ports.get_mut(&port) {
             grace.waiting.retain(|message| message.from != from);
         }
     }
 
     /// There is a listener again: those who wait.
-    pub(crate) fn end(&mut self, service: Service) -> Vec<Message> {
-        self.ports.remove(&service).map(|grace| grace.waiting).unwrap_or_default()
+    pub(crate) fn end(&mut self, port: Port) -> Vec<Message> {
+        self.ports.remove(&port).map(|grace| grace.waiting).unwrap_or_default()
     }
 
     /// Those who have waited in vain.
     fn expire(&mut self, now: Duration) -> Vec<Message> {
         let mut expired = Vec::new();
-        while let Some((until, service)) = self.order.front().copied().filter(|(until, _)| *until <= now) {
+        while let Some((until, port)) = self.order.front().copied().filter(|(until, _)| *until <= now) {
             self.order.pop_front();
-            if self.ports.get(&service).is_some_and(|grace| grace.until == until) {
-                expired.extend(self.end(service));
+            if self.ports.get(&port).is_some_and(|grace| grace.until == until) {
+                expired.extend(self.end(port));
             }
         }
         expired

@@ -39,7 +39,7 @@ impl Manager {
         id.state = State::Listen;
         id.backlog = Backlog { limit, ..Backlog::default() };
         self.listeners.entry(service).or_default().push(comm);
-        for message in self.graces.end(service) {
+        for message in self.graces.end((service.0, service.2)) {
             self.asked(message);
         }
         Ok(())
@@ -49,8 +49,8 @@ impl Manager {
     pub(crate) fn begin_grace(&mut self, comm: CommId) {
         let Some(id) = self.ids.get(&comm).filter(|id| id.state == State::Listen) else { return };
         if let (Ok(place), Some(address)) = (self.place(id), id.source_ip()) {
-            let service = (place.tenant, id.space, address.port());
-            self.graces.begin(service, self.now);
+            let port = (place.tenant, address.port());
+            self.graces.begin(port, self.now);
         }
     }
 
@@ -79,8 +79,8 @@ impl Manager {
         if let Some(listener) = self.listener_for(&message, space) {
             return self.offer(listener, message);
         }
-        let service = (message.tenant, space, message.destination.port());
-        if let Some(message) = self.graces.wait(service, message) {
+        let port = (message.tenant, message.destination.port());
+        if let Some(message) = self.graces.wait(port, message) {
             self.refuse(&message, reason::INVALID_SERVICE_ID);
         }
     }
@@ -209,7 +209,7 @@ impl Manager {
             return;
         }
         let service = (message.tenant, space, message.destination.port());
-        self.graces.withdraw(service, from);
+        self.graces.withdraw((service.0, service.2), from);
         for comm in self.listeners.get(&service).into_iter().flatten() {
             if let Some(id) = self.ids.get_mut(comm) {
                 id.backlog.parked.retain(|parked| parked.from != from);

@@ -13,6 +13,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
+use crate::tcp::sockaddr;
+
 /// `RDMA_PS_TCP`.
 pub(crate) const TCP: c_int = 0x0106;
 const NAME: &CStr = c"librdmacm.so.1";
@@ -347,14 +349,5 @@ impl Drop for Id {
             // SAFETY: a live id, ended once.
             unsafe { (library.rdma_destroy_id)(self.0) };
         }
-    }
-}
-
-fn sockaddr(address: SocketAddrV4) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: libc::AF_INET as u16,
-        sin_port: address.port().to_be(),
-        sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
-        sin_zero: [0; 8],
     }
 }

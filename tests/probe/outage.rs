@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cm::{Channel, Id, errno},
     cq::status_name,
     pair::{End, Pair, SOON},
     qp::Send,
@@ -118,5 +119,19 @@ fn use_after_death(pair: Pair, idle: Pair) -> Result<()> {
     drop((pair, idle));
     drop(context);
     ensure!(start.elapsed() < 2 * NOTICE, "destroying everything took {:?}", start.elapsed());
+    Ok(())
+}
+
+/// A thread sleeps in `rdma_get_cm_event` when the router dies: it hears so, and nothing hangs afterwards.
+pub(crate) fn survive_by_name() -> Result<()> {
+    let channel = Channel::new()?;
+    let id = Id::new(&channel)?;
+    println!("READY");
+    std::io::stdout().flush()?;
+    let start = Instant::now();
+    let heard = channel.event().map(|_| ());
+    ensure!(start.elapsed() < PATIENCE, "the sleeping thread heard of the router's death late");
+    ensure!(errno(&heard) == Some(libc::EIO), "it heard {heard:?}");
+    ensure!(errno(&id.listen(1)) == Some(libc::EIO), "a dead router listens");
     Ok(())
 }

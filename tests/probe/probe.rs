@@ -15,6 +15,7 @@ mod meet;
 mod outage;
 mod pair;
 mod qp;
+mod tcp;
 mod verbs;
 
 use std::{process::ExitCode, time::Duration};
@@ -27,8 +28,9 @@ use checks::{CHECKS, Skip};
 const LIMIT: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "\
-usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage
+usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT
+       freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
 
 fn main() -> ExitCode {
@@ -58,7 +60,9 @@ fn main() -> ExitCode {
 
 fn perform(words: &[&str]) -> Result<()> {
     end_after(LIMIT);
-    library::load()?;
+    if !words.first().is_some_and(|word| word.starts_with("tcp-")) {
+        library::load()?;
+    }
     match words {
         ["check", name] => {
             let check = CHECKS.iter().find(|(known, _)| known == name);
@@ -71,6 +75,9 @@ fn perform(words: &[&str]) -> Result<()> {
         ["flood", count] => idle::flood(count.parse()?),
         ["exhaust"] => meet::exhaust(),
         ["outage"] => outage::survive(),
+        ["tcp-echo", port] => tcp::echo(port.parse()?),
+        ["tcp-exchange", address] => tcp::exchange(address.parse()?),
+        ["cm-outage"] => outage::survive_by_name(),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),
     }

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: the benchmarks of the crates, then the ratios that the whole system promises.
 
+mod connections;
 mod ratios;
 mod wake;
 

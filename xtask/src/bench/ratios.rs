@@ -16,7 +16,7 @@ use xtask::{
     process::Job,
 };
 
-use super::wake;
+use super::{connections, wake};
 use crate::{
     build,
     demo::{bandwidth, latency},
@@ -52,7 +52,7 @@ pub(crate) struct Measurement {
 }
 
 /// All promises.
-pub(crate) const RATIOS: [Ratio; 7] = [
+pub(crate) const RATIOS: [Ratio; 8] = [
     Ratio { name: "write latency 8 B", unit: "us", target: Target::AtMost(2.5), measure: write_latency },
     Ratio {
         name: "write bandwidth 64 KiB",
@@ -83,6 +83,12 @@ pub(crate) const RATIOS: [Ratio; 7] = [
         unit: "x alone",
         target: Target::AtMost(2.0),
         measure: busy_qps,
+    },
+    Ratio {
+        name: "connections by rdma_cm",
+        unit: "x TCP",
+        target: Target::AtLeast(1.0),
+        measure: connections::measure,
     },
     Ratio { name: "idle router", unit: "% of a core", target: Target::AtMost(0.5), measure: idle_router },
 ];
