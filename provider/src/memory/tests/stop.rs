@@ -177,7 +177,8 @@ fn nothing_is_left_of_a_stop() {
             for _ in 0..50 {
                 drop(peace());
             }
-            left = mappings() > before || children() != -1;
+            // Neighbours merge and part by themselves; what leaks, leaks with each stop.
+            left = mappings() > before + 10 || children() != -1;
         });
         !left
     }));
