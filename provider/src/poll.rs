@@ -66,6 +66,12 @@ impl Ring {
         limit
     }
 
+    /// Whether the next completion says that the QP failed before.
+    #[inline]
+    fn is_flushing(&self) -> bool {
+        matches!(self.of, Queue::Of(_, Side::Recv)) && self.reader.is_flushing()
+    }
+
     fn is_of(&self, qp: &Qp) -> bool {
         matches!(&self.of, Queue::Of(own, _) if std::ptr::eq(&**own, qp))
     }
@@ -155,15 +161,40 @@ impl Rings {
         let mut taken = 0;
         for i in 0..self.slots.len() {
             let slot = self.slots[(self.turn + i) % self.slots.len()];
-            if let Some(ring) = &mut self.by_slot[slot as usize] {
-                taken += ring.drain(limit - taken, emit);
-            }
+            taken += self.drain(slot, limit - taken, emit);
             if taken == limit {
                 break;
             }
         }
         self.turn = self.turn.wrapping_add(1);
         taken
+    }
+
+    /// Takes up to `limit` completions of a ring. Of a QP whose receives come back flushed, its sends come first: among
+    /// them is the one that failed.
+    #[inline]
+    fn drain(&mut self, slot: u32, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
+        let Some(Some(ring)) = self.by_slot.get(slot as usize) else { return 0 };
+        let mut taken = 0;
+        if ring.is_flushing()
+            && let Some(sends) = self.sends_beside(ring)
+            && let Some(Some(sends)) = self.by_slot.get_mut(sends as usize)
+        {
+            taken = sends.drain(limit, emit);
+        }
+        match self.by_slot.get_mut(slot as usize) {
+            Some(Some(ring)) => taken + ring.drain(limit - taken, emit),
+            _ => taken,
+        }
+    }
+
+    /// The slot of the send completions of the QP whose receives these are, if they come here, too.
+    #[cold]
+    fn sends_beside(&self, ring: &Ring) -> Option<u32> {
+        let Queue::Of(qp, Side::Recv) = &ring.of else { return None };
+        let (_, slot) = qp.send_cq.as_ref()?;
+        let sends = self.by_slot.get(*slot as usize)?.as_ref()?;
+        matches!(&sends.of, Queue::Of(own, Side::Send) if Arc::ptr_eq(own, qp)).then_some(*slot)
     }
 
     fn take_ready(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
@@ -181,8 +212,8 @@ impl Rings {
                 break;
             }
             let Some(slot) = self.pending.pop_front() else { break };
+            taken += self.drain(slot, limit - taken, emit);
             let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) else { continue };
-            taken += ring.drain(limit - taken, emit);
             // A full harvest may have left something; an empty look comes after the ready bit was cleared.
             if taken == limit {
                 self.pending.push_back(slot);

@@ -103,12 +103,17 @@ impl TestQp {
 
     /// Completes WQE `wqe` as the router does.
     pub(crate) fn complete(&self, side: Side, wqe: u32, wr_id: u64) {
+        self.complete_as(side, wqe, wr_id, 0);
+    }
+
+    /// The same with a status.
+    pub(crate) fn complete_as(&self, side: Side, wqe: u32, wr_id: u64, status: u8) {
         let (ring, tail, slot) = match side {
             Side::Send => (&self.qp.area.sq_cqes, &self.send, self.slots[0]),
             Side::Recv => (&self.qp.area.rq_cqes, &self.recv, self.slots[1]),
         };
         let mut writer = CompletionWriter::new(ring.clone(), tail.get());
-        writer.push(&Cqe { wr_id, wqe, ..Cqe::default() });
+        writer.push(&Cqe { wr_id, wqe, status, ..Cqe::default() });
         tail.set(writer.tail());
         let _ = self.cq.events.area.publish(slot, false);
     }

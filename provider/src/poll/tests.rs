@@ -26,6 +26,33 @@ fn completions_of_one_qp_come_in_order_and_once() {
 }
 
 #[test]
+fn the_send_that_failed_comes_before_the_receives_that_are_flushed_for_it() {
+    let (failed, flushed) = (WcStatus::RemOpErr.value() as u8, WcStatus::WrFlushErr.value() as u8);
+    for (count, polls) in [(1, 0), (1, 1), (10, 0)] {
+        let bed = Bed::new();
+        let cq = bed.cq();
+        let qps = qps(&bed, &cq, count);
+        // Whichever ring is looked at first.
+        (0..polls).for_each(|_| assert!(poll(&cq, 1).is_empty()));
+        for qp in &qps {
+            qp.complete_as(Side::Send, 0, 1, failed);
+            qp.complete_as(Side::Recv, 0, 2, flushed);
+        }
+        let mut began = Vec::new();
+        for _ in 0..count * 2 {
+            let (number, id, status) = poll(&cq, 1)[0];
+            if began.contains(&number) {
+                assert_eq!((id, status), (2, flushed));
+            } else {
+                assert_eq!((id, status), (1, failed));
+                began.push(number);
+            }
+        }
+        assert!(poll(&cq, 1).is_empty());
+    }
+}
+
+#[test]
 fn no_ring_starves_behind_a_full_one() {
     for count in [2, 40] {
         let bed = Bed::new();

@@ -7,6 +7,7 @@
 use std::sync::atomic::Ordering;
 
 use super::Window;
+use crate::verbs::WcStatus;
 
 /// Bytes of an entry.
 pub const CQE_LEN: usize = 32;
@@ -110,6 +111,15 @@ impl CompletionReader {
             (word >> 32) as u32 == sequence(*at)
         };
         (self.head..=self.head.saturating_add(self.mask)).take_while(written).count() as u64
+    }
+
+    /// Whether the next completion is there and says `WR_FLUSH_ERR`.
+    #[inline]
+    #[must_use]
+    pub fn is_flushing(&self) -> bool {
+        let at = (self.head & self.mask) as usize * CQE_LEN;
+        let kind = self.ring.u64(at + 24).load(Ordering::Acquire);
+        (kind >> 32) as u32 == sequence(self.head) && u32::from(kind as u8) == WcStatus::WrFlushErr.value()
     }
 
     /// Takes the next completion.
