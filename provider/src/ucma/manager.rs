@@ -33,6 +33,16 @@ pub(crate) struct Manager {
     /// The router's names of the channels.
     channels: Mutex<HashMap<RawFd, u32>>,
     watched: Mutex<Option<watch::Ticket>>,
+    last_route: Mutex<LastRoute>,
+}
+
+/// The last answer to a query: librdmacm asks three times in a row for parts of what the router tells at once. It
+/// holds until anything else is asked.
+#[derive(Debug, Default)]
+struct LastRoute {
+    known: Option<(RawFd, u32, CmAnswer)>,
+    /// Counts what else was asked, so that an answer that comes after it is not kept.
+    others: u64,
 }
 
 /// The process's connection, made now if there is none. Whoever has it gives it back by [`registry::leave_manager`].
@@ -57,8 +67,14 @@ impl Manager {
         let Answer::CmWelcome { guid } = answer else {
             return Err(OpenError::Version { path: link.path().to_owned() });
         };
-        let manager =
-            Arc::new(Manager { link, health, guid, channels: Mutex::default(), watched: Mutex::default() });
+        let manager = Arc::new(Manager {
+            link,
+            health,
+            guid,
+            channels: Mutex::default(),
+            watched: Mutex::default(),
+            last_route: Mutex::default(),
+        });
         let mortal: Arc<dyn Mortal> = Arc::clone(&manager) as _;
         match watch::add(&mortal, manager.link.fd()) {
             Ok(ticket) => *lock(&manager.watched) = Some(ticket),
@@ -85,7 +101,33 @@ impl Manager {
         lock(&self.channels).get(&fd).copied().ok_or(Errno::BADF)
     }
 
+    /// What is known of an id's route.
+    fn route(&self, fd: RawFd, id: u32) -> Result<CmAnswer, Errno> {
+        let others = {
+            let last = lock(&self.last_route);
+            match &last.known {
+                Some((channel, known, answer)) if (*channel, *known) == (fd, id) => return Ok(answer.clone()),
+                _ => last.others,
+            }
+        };
+        let answer = self.send(fd, Command::Query { id })?;
+        let mut last = lock(&self.last_route);
+        if last.others == others {
+            last.known = Some((fd, id, answer.clone()));
+        }
+        Ok(answer)
+    }
+
     fn ask(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
+        let answer = self.send(fd, command);
+        // After the command: a query that came before it or met it has not kept its answer, or loses it now.
+        let mut last = lock(&self.last_route);
+        last.known = None;
+        last.others += 1;
+        answer
+    }
+
+    fn send(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
         let channel = self.channel(fd)?;
         match self.link.ask(&Request::Cm(CmRequest::Ask { channel, command }), &[])? {
             (Answer::Cm(answer), _) => Ok(answer),
@@ -133,6 +175,7 @@ impl Manager {
                 self.ask(fd, Command::SetOption { id, option })
             }
             What::Ask(Command::Bind { address: Address::Ib(_), .. }) if older_dialect() => Err(Errno::INVAL),
+            What::Ask(Command::Query { id }) => self.route(fd, id),
             What::Ask(command) => {
                 let answer = self.ask(fd, command)?;
                 take_back(fd, &answer);
