@@ -507,6 +507,10 @@ impl Requester {
 
     fn fail(&mut self, status: WcStatus, peer_failed: bool, peer_event: Option<EventType>) -> Attempt {
         let opcode = Opcode::try_from(u32::from(self.wqe.opcode)).map_or(WcOpcode::Send, Opcode::wc_opcode);
+        if self.owner {
+            // Before the completion: who polls it and asks for the state gets the one that goes with it.
+            self.leave_verdict(Verdict { peer_failed, peer_event });
+        }
         self.complete(status, opcode, 0, true);
         Attempt::Failed { peer_failed, peer_event }
     }
@@ -534,11 +538,16 @@ impl Requester {
         }
     }
 
-    /// Owner, before it parks after a failure: what the router has to do about it.
-    pub fn leave_verdict(&self, verdict: Verdict) {
+    /// What the router has to do about an owner's failure.
+    fn leave_verdict(&self, verdict: Verdict) {
         let event = verdict.peer_event.map_or(0, EventType::value);
         let word = 1 | u32::from(verdict.peer_failed) << 1 | event << 8;
         self.area.header.verdict().store(word, Ordering::Relaxed);
+    }
+
+    /// Router: whether the owner left a failure to act upon.
+    pub(crate) fn has_verdict(&self) -> bool {
+        self.area.header.verdict().load(Ordering::Acquire) != 0
     }
 
     /// Router: what the owner left, once.

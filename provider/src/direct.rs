@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, Verdict};
+use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder};
 use verbs_abi::proto::DirectPeer;
 use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::CompletionWriter;
@@ -276,11 +276,7 @@ impl Seat {
         self.responder.refresh();
         let mut budget = SLICE;
         let peer = Some((&mut self.responder, &self.peer));
-        let attempt = self.requester.attempt(&self.own, peer, 0, &mut budget);
-        if let Attempt::Failed { peer_failed, peer_event } = attempt {
-            self.requester.leave_verdict(Verdict { peer_failed, peer_event });
-        }
-        attempt
+        self.requester.attempt(&self.own, peer, 0, &mut budget)
     }
 
     /// Stops executing and keeps the seat, unless the router wants it. True: the router must be rung.

@@ -10,7 +10,7 @@ use verbs_abi::{
     verbs::{EventType, QpState, QpType},
 };
 
-use super::Fabric;
+use super::{Fabric, Qp};
 use crate::Memory;
 
 impl<M: Memory> Fabric<M> {
@@ -118,6 +118,17 @@ impl<M: Memory> Fabric<M> {
         true
     }
 
+    /// Acts on the failures that the owners of a QP and of its peer left: who polled the completion of such a
+    /// failure finds the state that goes with it.
+    pub(super) fn settle(&mut self, at: usize) {
+        let peer = self.qps[at].as_ref().and_then(|qp| self.qpn_index.get(&qp.attr.dest_qp_num)).copied();
+        for at in peer.into_iter().chain([at]) {
+            if self.qps[at].as_ref().is_some_and(Qp::has_failed_direct) {
+                self.borrow_seat(at);
+            }
+        }
+    }
+
     /// Whether a QP's peer wants it, too: an owner's word may fail no other.
     fn are_connected(&self, at: usize, peer_at: usize) -> bool {
         let (qp, peer) = (self.qps[at].as_ref(), self.qps[peer_at].as_ref());
@@ -199,5 +210,12 @@ impl<M: Memory> Fabric<M> {
             }
         }
         quiet
+    }
+}
+
+impl Qp {
+    /// Whether its owner met a failure that is not acted upon yet.
+    pub(super) fn has_failed_direct(&self) -> bool {
+        !self.held && self.requester.has_verdict()
     }
 }

@@ -133,9 +133,12 @@ impl<M: Memory> Fabric<M> {
     ///
     /// # Errors
     /// ENOENT without such a QP.
-    pub fn query_qp(&self, client: u32, qpn: u32) -> Result<QpAttr, i32> {
-        let qp = self.owned(client, qpn).and_then(|at| self.qps[at].as_ref()).ok_or(ENOENT)?;
-        let state = qp.state.value();
+    pub fn query_qp(&mut self, client: u32, qpn: u32) -> Result<QpAttr, i32> {
+        let at = self.owned(client, qpn).ok_or(ENOENT)?;
+        self.settle(at);
+        let qp = self.qps[at].as_ref().ok_or(ENOENT)?;
+        // An owner that still runs has its QP in error all the same.
+        let state = if qp.has_failed_direct() { QpState::Err } else { qp.state }.value();
         let draining = qp.draining.is_some();
         Ok(QpAttr { qp_state: state, cur_qp_state: state, sq_draining: draining.into(), ..qp.attr })
     }

@@ -20,7 +20,7 @@ use verbs_abi::{
 };
 
 use super::*;
-use crate::{Attempt, Fault, Fetch, MemoryWindow, Verdict, completion::Completions};
+use crate::{Attempt, Fault, Fetch, MemoryWindow, completion::Completions};
 
 mod drain;
 mod fairness;
@@ -259,7 +259,7 @@ impl App {
         modified
     }
 
-    fn state(&self, fabric: &Fabric<TestMemory>) -> QpState {
+    fn state(&self, fabric: &mut Fabric<TestMemory>) -> QpState {
         QpState::try_from(fabric.query_qp(self.client, self.qpn).unwrap().qp_state).unwrap()
     }
 }
@@ -455,8 +455,8 @@ fn a_send_without_a_receive_waits_and_ends_in_rnr_retry_exceeded() {
     assert_eq!(first, 10_000, "code 1 is 10 us");
     turn(&mut fabric, first);
     assert_eq!(status(a.sends.pop()), WcStatus::RnrRetryExcErr);
-    assert_eq!(a.state(&fabric), QpState::Err);
-    assert_eq!(b.state(&fabric), QpState::Rts, "the responder of an RNR stays as it is");
+    assert_eq!(a.state(&mut fabric), QpState::Err);
+    assert_eq!(b.state(&mut fabric), QpState::Rts, "the responder of an RNR stays as it is");
 }
 
 #[test]
@@ -491,7 +491,7 @@ fn a_dead_peer_is_a_silent_wire() {
     assert_eq!(now, 3 * (4096 << 10));
     assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr, "an error is reported although unsignaled");
     assert_eq!(status(a.sends.pop()), WcStatus::WrFlushErr);
-    assert_eq!(a.state(&fabric), QpState::Err);
+    assert_eq!(a.state(&mut fabric), QpState::Err);
 }
 
 #[test]
@@ -559,8 +559,8 @@ fn each_bad_request_ends_with_its_own_status_at_both_ends() {
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), expected, "case {case}");
         assert_eq!(status(a.sends.pop()), WcStatus::WrFlushErr, "case {case}");
-        assert_eq!(a.state(&fabric), QpState::Err, "case {case}");
-        assert_eq!(b.state(&fabric), peer_state, "case {case}");
+        assert_eq!(a.state(&mut fabric), QpState::Err, "case {case}");
+        assert_eq!(b.state(&mut fabric), peer_state, "case {case}");
     }
 }
 
@@ -574,7 +574,7 @@ fn a_message_longer_than_the_receive_fails_both_ends() {
     assert_eq!(status(a.sends.pop()), WcStatus::RemInvReqErr);
     assert_eq!(status(b.receives.pop()), WcStatus::LocLenErr);
     assert_eq!(status(b.receives.pop()), WcStatus::WrFlushErr);
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err));
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err));
 }
 
 #[test]
@@ -648,8 +648,8 @@ fn a_tail_that_cannot_be_ends_the_qp_and_nobody_else() {
     a.area.header.sq_tail().store(1 << 40, Ordering::Release);
     a.doorbells.ring(a.slot);
     turn(&mut fabric, 0);
-    assert_eq!(a.state(&fabric), QpState::Err);
-    assert_eq!(b.state(&fabric), QpState::Rts);
+    assert_eq!(a.state(&mut fabric), QpState::Err);
+    assert_eq!(b.state(&mut fabric), QpState::Rts);
 }
 
 /// The owner's seat: what the provider does in `ibv_post_send` in direct mode.
@@ -695,9 +695,6 @@ impl Owner {
             let attempt =
                 self.requester.attempt(&self.own, Some((&mut self.peer, &self.other)), 0, &mut budget);
             if attempt != Attempt::Done {
-                if let Attempt::Failed { peer_failed, peer_event } = attempt {
-                    self.requester.leave_verdict(Verdict { peer_failed, peer_event });
-                }
                 self.requester.save();
                 seat.park();
                 return false;
@@ -760,7 +757,7 @@ fn an_owners_bad_request_fails_both_ends() {
     a.doorbells.ring(a.slot);
     turn(&mut fabric, 0);
     assert_eq!(status(a.sends.pop()), WcStatus::RemAccessErr);
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err));
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err));
 }
 
 #[test]

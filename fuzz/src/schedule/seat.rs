@@ -4,9 +4,7 @@
 
 use std::{ptr::NonNull, sync::atomic::Ordering};
 
-use engine::{
-    Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, SLICE, Verdict,
-};
+use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, SLICE};
 use verbs_abi::{
     proto::DirectPeer,
     shm::{cq::CqArea, cqe::CompletionWriter, mr_table::MrEntry, queue::QueueArea, wqe::SendWqe},
@@ -199,11 +197,7 @@ impl Seat {
         }
         self.responder.refresh();
         let (mut budget, peer) = (SLICE, Some((&mut self.responder, &self.peer)));
-        let attempt = self.requester.attempt(&self.own, peer, 0, &mut budget);
-        if let Attempt::Failed { peer_failed, peer_event } = attempt {
-            self.requester.leave_verdict(Verdict { peer_failed, peer_event });
-        }
-        attempt
+        self.requester.attempt(&self.own, peer, 0, &mut budget)
     }
 
     fn leave(&mut self, qp: &Qp) -> bool {

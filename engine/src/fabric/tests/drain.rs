@@ -8,7 +8,7 @@ fn drain(fabric: &mut Fabric<TestMemory>, app: &App) {
     fabric.modify_qp(app.client, app.qpn, mask.bits(), &attr).unwrap();
 }
 
-fn is_draining(fabric: &Fabric<TestMemory>, app: &App) -> bool {
+fn is_draining(fabric: &mut Fabric<TestMemory>, app: &App) -> bool {
     fabric.query_qp(app.client, app.qpn).unwrap().sq_draining != 0
 }
 
@@ -26,7 +26,7 @@ fn an_idle_send_queue_is_drained_at_once() {
         let (mut fabric, mut a, _b) = pair(qp_type);
         drain(&mut fabric, &a);
         assert_eq!(events(&mut a), DRAINED);
-        assert!(!is_draining(&fabric, &a));
+        assert!(!is_draining(&mut fabric, &a));
     }
 }
 
@@ -47,13 +47,13 @@ fn a_message_that_waits_for_a_receive_is_finished_before_the_event() {
     drain(&mut fabric, &a);
     for now in 1..5 {
         turn(&mut fabric, now * 20 * MS);
-        assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], true));
+        assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], true));
     }
     b.post_recv(1, &[b.sge(0, 8)]);
     turn(&mut fabric, 100 * MS);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
     assert_eq!(status(b.receives.pop()), WcStatus::Success);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (DRAINED.to_vec(), false));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (DRAINED.to_vec(), false));
     assert_eq!(a.sends.pop(), None, "what was not begun waits");
     turn(&mut fabric, 200 * MS);
     assert_eq!((events(&mut a), a.sends.pop()), (vec![], None));
@@ -71,7 +71,7 @@ fn a_long_message_is_moved_to_its_end_before_the_event() {
     fabric.collect();
     assert!(fabric.run(0), "more than a turn's work");
     drain(&mut fabric, &a);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], true));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], true));
     turn(&mut fabric, 0);
     assert_eq!(a.sends.pop().map(|cqe| (cqe.status, cqe.byte_len)), Some((0, 1 << 20)));
     assert_eq!(b.bytes().last(), Some(&7));
@@ -86,8 +86,8 @@ fn a_message_that_fails_while_draining_ends_the_qp_without_the_event() {
     drain(&mut fabric, &a);
     turn(&mut fabric, 100 * MS);
     assert_eq!(status(a.sends.pop()), WcStatus::RnrRetryExcErr);
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Rts));
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], false));
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Rts));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], false));
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn going_back_to_rts_ends_the_draining() {
     b.post_recv(1, &[b.sge(0, 8)]);
     turn(&mut fabric, MS);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], false));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], false));
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn what_the_owner_began_and_left_is_finished_by_the_router() {
     assert!(!owner.run(&a), "nobody receives");
     drain(&mut fabric, &a);
     turn(&mut fabric, 0);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], true));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], true));
     b.post_recv(1, &[b.sge(0, 8)]);
     turn(&mut fabric, 1);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
@@ -133,10 +133,10 @@ fn an_owner_that_runs_is_waited_for() {
     assert!(a.area.header.seat().enter());
     drain(&mut fabric, &a);
     turn(&mut fabric, 2 * MS);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (vec![], true));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], true));
     a.area.header.seat().leave();
     let soon = fabric.next_timer().expect("another look");
     turn(&mut fabric, soon);
-    assert_eq!((events(&mut a), is_draining(&fabric, &a)), (DRAINED.to_vec(), false));
+    assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (DRAINED.to_vec(), false));
     assert_eq!(fabric.next_timer(), None);
 }

@@ -147,6 +147,6 @@ fn a_client_with_many_qps_ends_bit_by_bit_and_is_looked_at_bit_by_bit() {
     }
     assert!(left <= 64);
     assert!(fabric.clients[2].is_none());
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts));
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Rts));
     assert!(!fabric.close_some(flooder.client, 64), "and is gone");
 }

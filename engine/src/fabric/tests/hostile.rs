@@ -114,7 +114,7 @@ fn counts_at_the_end_of_their_range_go_on_from_zero() {
     a.post(&wqe);
     turn(&mut fabric, 0);
     assert_eq!((header.sq_done().load(Ordering::Relaxed), a.cq.events()), (0, 0));
-    assert_eq!(a.state(&fabric), QpState::Rts);
+    assert_eq!(a.state(&mut fabric), QpState::Rts);
 }
 
 #[test]
@@ -127,6 +127,6 @@ fn an_owner_cannot_fail_a_qp_that_is_not_connected_to_it() {
     c.area.header.seat().park();
     c.doorbells.ring(c.slot);
     turn(&mut fabric, 0);
-    assert_eq!(c.state(&fabric), QpState::Err);
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts));
+    assert_eq!(c.state(&mut fabric), QpState::Err);
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Rts));
 }

@@ -28,7 +28,7 @@ fn tenants_never_meet() {
         assert!(a.to_rts(&mut fabric, &b, QpType::Rc).direct.is_none());
         assert!(b.to_rts(&mut fabric, &a, QpType::Rc).direct.is_none());
         assert_eq!(outcome(&mut fabric, &mut a, &b), WcStatus::RetryExcErr);
-        assert_eq!(b.state(&fabric), QpState::Rts, "and the other has felt nothing");
+        assert_eq!(b.state(&mut fabric), QpState::Rts, "and the other has felt nothing");
     }
 }
 

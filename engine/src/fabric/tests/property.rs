@@ -361,7 +361,7 @@ impl Bench {
                 std::iter::from_fn(|| app.receives.pop()).map(|cqe| received(&cqe)).collect();
             assert_eq!(received, std::mem::take(&mut end.received), "receive completions of {at}");
             assert_eq!(events(app), std::mem::take(&mut end.events), "events of {at}");
-            assert_eq!(app.state(&self.fabric), end.state, "state of {at}");
+            assert_eq!(app.state(&mut self.fabric), end.state, "state of {at}");
             let (bytes, expected) = (app.bytes(), &end.memory);
             if bytes != expected.as_slice() {
                 let first = bytes.iter().zip(expected).position(|(byte, expected)| byte != expected);

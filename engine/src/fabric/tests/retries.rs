@@ -40,7 +40,7 @@ fn rnr_retries_are_as_many_as_asked_and_as_far_apart_as_the_responder_says() {
                 let expected: Vec<u64> = (1..=u64::from(rnr_retry)).map(|n| n * pause).collect();
                 assert_eq!(run_out(&mut fabric), expected, "rnr_retry {rnr_retry}, code {code}, {opcode}");
                 assert_eq!(status(a.sends.pop()), WcStatus::RnrRetryExcErr);
-                assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Rts));
+                assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Rts));
             }
         }
     }
@@ -54,7 +54,7 @@ fn seven_rnr_retries_are_endless() {
     for _ in 0..1000 {
         let next = fabric.next_timer().expect("another try");
         turn(&mut fabric, next);
-        assert_eq!((a.sends.pop(), a.state(&fabric)), (None, QpState::Rts));
+        assert_eq!((a.sends.pop(), a.state(&mut fabric)), (None, QpState::Rts));
     }
     b.post_recv(1, &[b.sge(0, 8)]);
     let now = fabric.now;
@@ -114,7 +114,7 @@ fn silence_is_borne_for_the_timeout_times_the_retries_and_one() {
         assert_eq!(run_out(&mut fabric), expected, "timeout {timeout}, retry_cnt {retry_cnt}");
         assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr);
         assert_eq!(status(a.sends.pop()), WcStatus::WrFlushErr);
-        assert_eq!(a.state(&fabric), QpState::Err);
+        assert_eq!(a.state(&mut fabric), QpState::Err);
     }
 }
 
@@ -126,7 +126,7 @@ fn a_timeout_of_zero_waits_for_ever() {
     turn(&mut fabric, 0);
     assert_eq!(fabric.next_timer(), None);
     turn(&mut fabric, u64::MAX / 2);
-    assert_eq!((a.sends.pop(), a.state(&fabric)), (None, QpState::Rts));
+    assert_eq!((a.sends.pop(), a.state(&mut fabric)), (None, QpState::Rts));
     b.to_rts(&mut fabric, &a, QpType::Rc);
     turn(&mut fabric, u64::MAX / 2);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
@@ -199,7 +199,7 @@ fn a_peer_that_comes_too_late_finds_a_requester_in_error() {
     let now = fabric.now;
     turn(&mut fabric, now);
     assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr);
-    assert_eq!((b.receives.pop(), b.state(&fabric)), (None, QpState::Rtr));
+    assert_eq!((b.receives.pop(), b.state(&mut fabric)), (None, QpState::Rtr));
 }
 
 #[test]

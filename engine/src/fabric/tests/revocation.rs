@@ -28,15 +28,44 @@ fn a_qp_that_was_reset_does_not_fail_for_what_was_before() {
     // The router has not looked since.
     a.modify(&mut fabric, QpState::Reset, &b, QpType::Rc);
     turn(&mut fabric, 0);
-    assert_eq!(b.state(&fabric), QpState::Err, "the peer got the bad request");
-    assert_eq!(a.state(&fabric), QpState::Reset);
+    assert_eq!(b.state(&mut fabric), QpState::Err, "the peer got the bad request");
+    assert_eq!(a.state(&mut fabric), QpState::Reset);
     b.modify(&mut fabric, QpState::Reset, &a, QpType::Rc);
     a.to_rts(&mut fabric, &b, QpType::Rc);
     b.to_rts(&mut fabric, &a, QpType::Rc);
     turn(&mut fabric, 0);
     assert!(fabric.seize(b.client, b.qpn));
     turn(&mut fabric, 0);
-    assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts));
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Rts));
+}
+
+#[test]
+fn who_polled_a_failure_finds_the_state_that_goes_with_it() {
+    let (mut fabric, mut a, b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut wqe = send(Opcode::Write, a.sge(0, 8));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), 1);
+    a.post(&wqe);
+    assert!(!owner.run(&a));
+    assert_eq!(status(a.sends.pop()), WcStatus::RemAccessErr);
+    // The router was not rung, or did not look yet.
+    assert_eq!((b.state(&mut fabric), a.state(&mut fabric)), (QpState::Err, QpState::Err));
+}
+
+#[test]
+fn a_failure_counts_while_its_owner_still_runs() {
+    let (mut fabric, a, b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut wqe = send(Opcode::Write, a.sge(0, 8));
+    wqe.opcode = 200;
+    a.post(&wqe);
+    assert!(a.area.header.seat().enter());
+    owner.requester.resume();
+    assert_eq!(owner.requester.fetch(), Fetch::Ready);
+    let peer = Some((&mut owner.peer, &owner.other));
+    let attempt = owner.requester.attempt(&owner.own, peer, 0, &mut 5000);
+    assert_eq!(attempt, Attempt::Failed { peer_failed: false, peer_event: None });
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Rts));
 }
 
 #[test]

@@ -97,13 +97,13 @@ fn a_fault_of_the_requester_ends_its_send_queue_and_no_peer_hears_of_it() {
         assert_eq!(status(a.sends.pop()), WcStatus::WrFlushErr, "{case}");
         let flushed = a.receives.pop();
         if qp_type == QpType::Rc {
-            assert_eq!(a.state(&fabric), QpState::Err, "{case}");
+            assert_eq!(a.state(&mut fabric), QpState::Err, "{case}");
             assert_eq!(status(flushed), WcStatus::WrFlushErr, "{case}");
         } else {
-            assert_eq!(a.state(&fabric), QpState::Sqe, "{case}: only the send queue is in error");
+            assert_eq!(a.state(&mut fabric), QpState::Sqe, "{case}: only the send queue is in error");
             assert_eq!(flushed, None, "{case}: receives go on");
         }
-        assert_eq!((b.receives.pop(), b.state(&fabric)), (None, QpState::Rts), "{case}");
+        assert_eq!((b.receives.pop(), b.state(&mut fabric)), (None, QpState::Rts), "{case}");
         assert_eq!((events(&mut a), events(&mut b)), (vec![], vec![]), "{case}");
     }
 }
@@ -191,7 +191,7 @@ fn a_fault_that_the_responder_finds_ends_both_qps_and_each_hears_its_part() {
         assert_eq!(status(a.sends.pop()), FLUSHED, "case {case}");
         assert_eq!(status(b.receives.pop()), received, "case {case}");
         assert_eq!(status(b.receives.pop()), FLUSHED, "case {case}");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err), "case {case}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err), "case {case}");
         assert_eq!(events(&mut b), Vec::from_iter(event), "case {case}");
         assert_eq!(events(&mut a), [], "case {case}: the completion tells the requester");
         assert!(b.bytes().iter().all(|byte| *byte == 3), "case {case}: a refused request left a trace");
@@ -213,7 +213,7 @@ fn a_bad_receive_is_the_responders_fault_and_the_requester_hears_that() {
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), WcStatus::RemOpErr, "case {case}");
         assert_eq!(status(b.receives.pop()), WcStatus::LocProtErr, "case {case}");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err), "case {case}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err), "case {case}");
         assert_eq!(events(&mut b), [], "case {case}");
     }
 }
@@ -227,7 +227,7 @@ fn memory_of_the_responder_that_cannot_be_reached_is_an_operational_error() {
         a.post(&to(&b, opcode, a.sge(8192, 8), 0, b.key));
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), WcStatus::RemOpErr, "{opcode}");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err), "{opcode}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err), "{opcode}");
         assert_eq!(events(&mut b), [EventType::QpFatal], "{opcode}");
     }
     let (mut fabric, mut a, mut b) = pair(QpType::Rc);
@@ -261,7 +261,11 @@ fn operations_that_the_responders_qp_does_not_allow_are_invalid_requests() {
             turn(&mut fabric, 0);
             assert_eq!(status(a.sends.pop()), WcStatus::RemInvReqErr, "{opcode}");
             assert_eq!(events(&mut b), [EventType::QpReqErr], "{opcode}");
-            assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Err), "{opcode}");
+            assert_eq!(
+                (a.state(&mut fabric), b.state(&mut fabric)),
+                (QpState::Err, QpState::Err),
+                "{opcode}"
+            );
         }
     }
 }
@@ -273,7 +277,7 @@ fn a_requester_without_initiator_depth_does_not_read() {
         a.post(&to(&b, opcode, a.sge(0, 8), 0, b.key));
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), WcStatus::LocQpOpErr, "{opcode}");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Err, QpState::Rts), "{opcode}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Rts), "{opcode}");
     }
 }
 
@@ -293,7 +297,7 @@ fn an_unreliable_connection_drops_what_its_responder_refuses() {
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), WcStatus::Success, "case {case}: nobody answers");
         assert_eq!((b.receives.pop(), events(&mut b)), (None, vec![]), "case {case}: lost without a trace");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Rts), "case {case}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Rts), "case {case}");
         a.post(&to(&b, Opcode::Send, a.sge(0, 64), 0, 0));
         turn(&mut fabric, 0);
         assert_eq!(b.receives.pop().unwrap().wr_id, 1, "case {case}: the receive was still there");
@@ -321,7 +325,7 @@ fn a_datagram_that_is_lost_leaves_no_trace() {
         a.post(&bad);
         turn(&mut fabric, 0);
         assert_eq!(status(a.sends.pop()), WcStatus::Success, "case {case}: sent is sent");
-        assert_eq!((b.receives.pop(), b.state(&fabric)), (None, QpState::Rts), "case {case}");
+        assert_eq!((b.receives.pop(), b.state(&mut fabric)), (None, QpState::Rts), "case {case}");
         // Without a receive it is lost, too.
         a.post(&good);
         a.post(&good);
@@ -349,7 +353,7 @@ fn a_bad_receive_ends_an_unreliable_qp_too() {
         assert_eq!(status(a.sends.pop()), WcStatus::Success, "{qp_type}");
         assert_eq!(status(b.receives.pop()), WcStatus::LocProtErr, "{qp_type}");
         assert_eq!(status(b.receives.pop()), WcStatus::WrFlushErr, "{qp_type}");
-        assert_eq!((a.state(&fabric), b.state(&fabric)), (QpState::Rts, QpState::Err), "{qp_type}");
+        assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Err), "{qp_type}");
     }
 }
 

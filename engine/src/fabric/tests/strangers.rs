@@ -34,7 +34,7 @@ fn a_peer_at_another_address_is_not_heard() {
     write(&mut a, &b);
     run_out(&mut fabric);
     assert_eq!(status(a.sends.pop()), WcStatus::RetryExcErr);
-    assert_eq!((b.bytes()[0], b.state(&fabric)), (0, QpState::Rts));
+    assert_eq!((b.bytes()[0], b.state(&mut fabric)), (0, QpState::Rts));
 
     let (mut fabric, mut a, mut b) = pair_with_address(QpType::Uc, Mode::Isolated, 9);
     write(&mut a, &b);
@@ -62,7 +62,7 @@ fn a_third_qp_is_not_heard() {
     write(&mut c, &b);
     run_out(&mut fabric);
     assert_eq!((status(c.sends.pop()), b.bytes()[0]), (WcStatus::RetryExcErr, 0));
-    assert_eq!(b.state(&fabric), QpState::Rts);
+    assert_eq!(b.state(&mut fabric), QpState::Rts);
 }
 
 #[test]

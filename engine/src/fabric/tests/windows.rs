@@ -92,7 +92,7 @@ fn what_may_not_be_bound_fails_at_the_binder() {
         let mut wqe = bind(&b, WINDOW + 1, 0, 4096, REMOTE_WRITE);
         change(&mut wqe, fabric.memory_mut(b.client).unwrap());
         assert_eq!(done(&mut fabric, &mut b, &wqe), WcStatus::MwBindErr, "{what}");
-        assert_eq!(b.state(&fabric), QpState::Err, "{what}");
+        assert_eq!(b.state(&mut fabric), QpState::Err, "{what}");
     }
 }
 
