@@ -10,7 +10,7 @@ use std::{
 };
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use engine::{Bell, ClientInit, Fabric, Fault, Memory, QpInit};
+use engine::{Bell, ClientInit, Fabric, Memory, QpInit};
 use verbs_abi::{
     proto::{AhAttr, CreateQp, Mode, QpAttr, QpCap},
     shm::{
@@ -43,14 +43,6 @@ impl Memory for Plain {
 
     fn mapped(&self, _: &MrEntry, addr: u64, _: usize) -> Option<NonNull<u8>> {
         NonNull::new(std::ptr::with_exposed_provenance_mut(addr as usize))
-    }
-
-    fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Fault> {
-        Err(Fault)
-    }
-
-    fn write(&self, _: u64, _: &[u8]) -> Result<(), Fault> {
-        Err(Fault)
     }
 }
 

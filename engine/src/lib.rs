@@ -9,24 +9,29 @@
 //!
 //! The two halves run back to back in one of two seats: the router's, where [`Fabric`] holds every QP of the
 //! host, or the application's own thread (direct mode), which holds one [`Requester`] and its peer's
-//! [`Responder`]. Time is a number of nanoseconds that the caller passes in; memory is the trait [`Memory`].
+//! [`Responder`]. Time is a number of nanoseconds that the caller passes in; memory is the trait [`Memory`], and what
+//! no seat maps is reached by whoever performs an [`Access`].
 
 mod bell;
 mod completion;
 mod datagram;
 pub mod fabric;
+mod foreign;
+mod inbox;
 mod memory;
 mod place;
 mod requester;
 mod responder;
 mod retry;
 mod srq;
+mod stage;
 mod transfer;
 mod window;
 
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
 pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot, SrqInit, XrcInit};
+pub use foreign::{Access, Foreign};
 pub use memory::{Fault, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};
 pub use responder::Responder;

@@ -13,7 +13,8 @@ use crate::window::MemoryWindow;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault;
 
-/// One client's memory and keys, as this seat reaches them.
+/// One client's memory and keys, as this seat reaches them. What is outside of an MR's shared sub-range is for
+/// [`crate::Foreign`].
 pub trait Memory {
     /// The MR of a key that is valid now; compares the whole key.
     fn lookup(&self, key: u32) -> Option<MrEntry>;
@@ -44,18 +45,6 @@ pub trait Memory {
     fn reaches(&self, _mr: &MrEntry, _addr: u64, _len: u64) -> bool {
         true
     }
-
-    /// Reads application memory that is not mapped here.
-    ///
-    /// # Errors
-    /// [`Fault`] when it cannot be read whole.
-    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault>;
-
-    /// Writes application memory that is not mapped here.
-    ///
-    /// # Errors
-    /// [`Fault`] when it cannot be written whole.
-    fn write(&self, addr: u64, from: &[u8]) -> Result<(), Fault>;
 }
 
 /// A checked piece of a client's memory.

@@ -3,7 +3,9 @@
 //! Who may call it: the holder of the QP's seat token. The caller finds the peer, keeps the time and acts on
 //! what [`Attempt`] says; this half counts its retries (`retry`) and says when to come back.
 
+mod access;
 mod at_once;
+mod execute;
 
 use std::sync::atomic::Ordering;
 
@@ -19,11 +21,11 @@ use verbs_abi::{
 
 use crate::{
     Completions, FLUSH, MAX_DATAGRAM, MAX_MESSAGE, Memory, Responder,
-    memory::{Span, all_reached, check_list},
-    place::Atomic,
-    responder::{Flush, OPERATION, Reply, Request},
+    memory::{Span, check_list},
+    responder::{Flush, Reply, Request},
     retry::{Retries, Retry},
-    transfer::{Broken, Side, transfer},
+    stage::Stage,
+    transfer::Side,
     window,
 };
 
@@ -50,6 +52,8 @@ pub enum Attempt {
     Unfinished,
     /// It cannot complete now. Attempt again at the time given, if any, or when the peer changes.
     Wait(Option<u64>),
+    /// Foreign memory must be accessed first. Attempt again when that is done or at the time given.
+    Foreign(Option<u64>),
     /// It completed with an error. The QP goes to ERR (RC) or SQE; a connected peer that sent a NAK goes to
     /// ERR too and raises the event.
     Failed {
@@ -101,6 +105,8 @@ pub struct Requester {
     /// Bytes of it that are placed.
     placed: u64,
     retry: Retry,
+    /// What accesses to foreign memory have brought for it.
+    stage: Stage,
     messages: u64,
     bytes: u64,
 }
@@ -124,6 +130,7 @@ impl Requester {
             spans: Vec::new(),
             placed: 0,
             retry: Retry::default(),
+            stage: Stage::default(),
             messages: 0,
             bytes: 0,
         }
@@ -157,6 +164,7 @@ impl Requester {
     pub fn withdraw(&mut self, wqe: &mut Box<SendWqe>) {
         std::mem::swap(&mut self.wqe, wqe);
         self.fetched = false;
+        self.stage.clear();
     }
 
     /// Whether everything up to block `tail` is executed.
@@ -185,6 +193,7 @@ impl Requester {
         self.completions.seek(header.sq_completions().load(Ordering::Relaxed));
         self.fetched = false;
         self.placed = 0;
+        self.stage.clear();
         ahead <= u64::from(self.area.geometry().sq_blocks)
     }
 
@@ -245,6 +254,9 @@ impl Requester {
         now: u64,
         budget: &mut u64,
     ) -> Attempt {
+        if self.stage.in_flight() {
+            return self.await_access(now);
+        }
         if let Some(until) = self.retry.pause(now)
             && !peer.as_ref().is_some_and(|(responder, _)| responder.may_receive(self.qpn))
         {
@@ -266,10 +278,15 @@ impl Requester {
         let reply = match peer {
             _ if opcode.is_local() => self.change_window(opcode, local),
             None => Reply::Silence,
-            Some((responder, remote)) => self.execute(opcode, local, responder, remote, *budget),
+            Some((responder, remote)) => {
+                let mut stage = std::mem::take(&mut self.stage);
+                let reply = self.execute(opcode, local, (responder, remote), *budget, &mut stage);
+                self.stage = stage;
+                reply
+            }
         };
         let attempt = self.settle(opcode, reply, now, budget, before);
-        if matches!(attempt, Attempt::Unfinished | Attempt::Wait(_)) {
+        if matches!(attempt, Attempt::Unfinished | Attempt::Wait(_) | Attempt::Foreign(_)) {
             let header = &self.area.header;
             header.journal_placed().store(self.placed, Ordering::Relaxed);
             header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
@@ -285,6 +302,9 @@ impl Requester {
         qkey: u32,
         peer: Option<(&mut Responder, &M)>,
     ) -> Attempt {
+        if self.stage.in_flight() {
+            return Attempt::Foreign(None);
+        }
         let opcode = match self.check(local) {
             Ok(opcode) => opcode,
             Err(status) => return self.fail(status, false, None),
@@ -293,12 +313,16 @@ impl Requester {
             self.wqe.address.qkey = qkey;
         }
         let length = self.wqe.length();
+        let mut stage = std::mem::take(&mut self.stage);
         let reply = peer.map(|(responder, remote)| {
             let request = self.request(opcode, local, u64::MAX);
-            responder.datagram(remote, &request, sgid, &self.wqe.address)
+            responder.datagram(remote, &request, sgid, &self.wqe.address, &mut stage)
         });
-        if reply == Some(Reply::SourceFault) {
-            return self.fail(WcStatus::LocProtErr, false, None);
+        self.stage = stage;
+        match reply {
+            Some(Reply::SourceFault) => return self.fail(WcStatus::LocProtErr, false, None),
+            Some(Reply::Foreign) => return Attempt::Foreign(None),
+            _ => {}
         }
         self.succeed(opcode, length);
         Attempt::Done
@@ -400,58 +424,6 @@ impl Requester {
         changed.map_or(Reply::Refused, |()| Reply::Ack)
     }
 
-    fn execute<M: Memory>(
-        &self,
-        opcode: Opcode,
-        local: &M,
-        responder: &mut Responder,
-        remote: &M,
-        budget: u64,
-    ) -> Reply {
-        let request = self.request(opcode, local, budget);
-        match opcode {
-            Opcode::Read => match responder.read(remote, &request) {
-                Ok(span) => self.fill(local, (remote, span.as_slice()), &request),
-                Err(reply) => reply,
-            },
-            // What was found must have its place before it is changed.
-            _ if opcode.is_atomic() && self.owner && !all_reached(local, &self.spans) => Reply::OutOfReach,
-            Opcode::CmpAndSwp | Opcode::FetchAndAdd => {
-                let operation = match opcode {
-                    Opcode::CmpAndSwp => {
-                        Atomic::CompareSwap { compare: self.wqe.compare_add, swap: self.wqe.swap }
-                    }
-                    _ => Atomic::FetchAdd(self.wqe.compare_add),
-                };
-                match responder.atomic(remote, &request, operation) {
-                    Reply::Found(word) => self.store_found(local, word),
-                    reply => reply,
-                }
-            }
-            _ => responder.handle(remote, &request),
-        }
-    }
-
-    /// Moves the next slice of an RDMA READ's data.
-    fn fill<M: Memory>(&self, local: &M, from: (&M, &[Span]), request: &Request<'_, M>) -> Reply {
-        let left = request.len - request.placed;
-        let now = left.min(request.budget);
-        let skip = (request.placed, request.placed);
-        match transfer(Side::Spans(from.0, from.1), (local, &self.spans), skip, now) {
-            Ok(()) if now == left => Reply::Ack,
-            Ok(()) => Reply::Partly(request.placed + now),
-            Err(Broken::Target) => Reply::SourceFault,
-            Err(Broken::Source) => OPERATION,
-        }
-    }
-
-    fn store_found<M: Memory>(&self, local: &M, word: u64) -> Reply {
-        match transfer(Side::Bytes(&word.to_ne_bytes()), (local, &self.spans), (0, 0), 8) {
-            Ok(()) => Reply::Ack,
-            Err(_) => Reply::SourceFault,
-        }
-    }
-
     /// Turns a reply into what happens next.
     fn settle(&mut self, opcode: Opcode, reply: Reply, now: u64, budget: &mut u64, before: u64) -> Attempt {
         let reply = match reply {
@@ -474,6 +446,8 @@ impl Requester {
             }
             Reply::OutOfReach => Attempt::Wait(None),
             Reply::Refused => self.fail(WcStatus::MwBindErr, false, None),
+            Reply::Foreign if self.owner => Attempt::Wait(None),
+            Reply::Foreign => self.begin_access(now),
             Reply::Rnr(_) | Reply::Silence if self.owner => Attempt::Wait(None),
             Reply::Rnr(_) | Reply::Silence => self.try_again(reply, now),
             // The router may reach it: it finds pages on demand.
@@ -532,6 +506,7 @@ impl Requester {
         self.head = self.head.wrapping_add(u64::from(self.wqe.blocks));
         self.done = self.done.wrapping_add(1);
         self.fetched = false;
+        self.stage.clear();
         // An owner that is killed leaves nothing that anybody goes on with; a living one saves when it leaves.
         if !self.owner {
             self.save();

@@ -2,31 +2,23 @@
 //!
 //! Who may call it: the holder of the seat of the QP that sends to it, nobody else at the same time.
 
-use std::{
-    ptr::NonNull,
-    sync::{
-        Arc,
-        atomic::{Ordering, fence},
-    },
-};
+mod datagrams;
+mod keyed;
+
+use std::sync::{Arc, atomic::Ordering};
 
 use verbs_abi::{
-    proto::Gid,
-    shm::{
-        cqe::Cqe,
-        queue::QueueArea,
-        wqe::{Address, RecvWqe},
-    },
+    shm::{cqe::Cqe, queue::QueueArea, wqe::RecvWqe},
     verbs::{AccessFlags, EventType, Opcode, QpState, QpType, WcFlags, WcOpcode, WcStatus},
 };
 
 use crate::{
     Completions, FLUSH, Memory,
-    datagram::{GRH_LEN, grh},
-    memory::{Span, all_reached, check_list, check_remote, list_len},
-    place::{Atomic, atomic},
+    inbox::Inbox,
+    memory::{Span, all_reached, check_list, list_len},
     srq::{Claim, SharedReceives},
-    transfer::{Broken, Side, mapped_word, transfer},
+    stage::Stage,
+    transfer::{Broken, Side, transfer},
     window,
 };
 
@@ -79,6 +71,8 @@ pub(crate) enum Reply {
     OutOfReach,
     /// A window of the requester's own cannot be bound or invalidated so.
     Refused,
+    /// Nothing is answered yet: the access that the stage wants must come first.
+    Foreign,
 }
 
 const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
@@ -120,6 +114,8 @@ pub struct Responder {
     /// The receive of that queue which the message in progress fills: `wqe`.
     claimed: Option<Claim>,
     spans: Vec<Span>,
+    /// Datagrams on their way into foreign memory (UD).
+    inbox: Inbox,
 }
 
 impl Responder {
@@ -144,6 +140,7 @@ impl Responder {
             shared: None,
             claimed: None,
             spans: Vec::new(),
+            inbox: Inbox::default(),
         }
     }
 
@@ -215,6 +212,7 @@ impl Responder {
     /// Starts anew after RESET (router).
     pub(crate) fn reset(&mut self) {
         self.give_back();
+        self.inbox.clear();
         self.area.rq_cqes.clear();
         self.completions.seek(0);
         self.area.header.rq_tail().store(0, Ordering::Relaxed);
@@ -279,6 +277,7 @@ impl Responder {
 
     /// Completes posted receives with `WR_FLUSH_ERR`, up to [`FLUSH`] of them. True: there may be more.
     pub(crate) fn flush(&mut self) -> bool {
+        self.inbox.clear();
         if self.shared.is_some() {
             // The receives of a shared queue are there for others.
             if self.claimed.is_some() {
@@ -345,163 +344,40 @@ impl Responder {
     }
 
     /// Executes a request of the connected peer.
-    pub(crate) fn handle<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+    pub(crate) fn handle<M: Memory>(
+        &mut self,
+        memory: &M,
+        request: &Request<'_, M>,
+        stage: &mut Stage,
+    ) -> Reply {
         if let Err(reply) = self.admit(request.source_qpn) {
             return reply;
         }
         match request.opcode {
-            Opcode::Write => self.write(memory, request),
-            Opcode::WriteWithImm => self.write_with_imm(memory, request),
-            Opcode::Send | Opcode::SendWithImm => self.send(memory, request),
-            Opcode::SendWithInv if memory.has_windows() => self.send(memory, request),
+            Opcode::Write => self.write(memory, request, stage),
+            Opcode::WriteWithImm => self.write_with_imm(memory, request, stage),
+            Opcode::Send | Opcode::SendWithImm => self.send(memory, request, stage),
+            Opcode::SendWithInv if memory.has_windows() => self.send(memory, request, stage),
             Opcode::SendWithInv => Reply::OutOfReach,
-            Opcode::AtomicWrite => self.atomic_write(memory, request),
+            Opcode::AtomicWrite => self.atomic_write(memory, request, stage),
             Opcode::Flush => self.make_visible(memory, request),
             _ => INVALID_REQUEST,
         }
     }
 
-    /// Finds what an RDMA READ may read; the requester moves the bytes.
-    pub(crate) fn read<M: Memory>(
+    fn write_with_imm<M: Memory>(
         &mut self,
         memory: &M,
         request: &Request<'_, M>,
-    ) -> Result<Option<Span>, Reply> {
-        self.admit(request.source_qpn)?;
-        if !self.access.contains(AccessFlags::REMOTE_READ) {
-            return Err(INVALID_REQUEST);
-        }
-        if request.len == 0 {
-            return Ok(None);
-        }
-        let need = AccessFlags::REMOTE_READ;
-        let span = self.reachable(memory, request, request.len, need).ok_or(ACCESS)?;
-        if all_reached(memory, &[span]) { Ok(Some(span)) } else { Err(Reply::OutOfReach) }
-    }
-
-    /// Executes an atomic.
-    pub(crate) fn atomic<M: Memory>(
-        &mut self,
-        memory: &M,
-        request: &Request<'_, M>,
-        operation: Atomic,
+        stage: &mut Stage,
     ) -> Reply {
-        if let Err(reply) = self.admit(request.source_qpn) {
-            return reply;
-        }
-        if !self.access.contains(AccessFlags::REMOTE_ATOMIC) || !request.remote_addr.is_multiple_of(8) {
-            return INVALID_REQUEST;
-        }
-        let need = AccessFlags::REMOTE_ATOMIC;
-        let Some(span) = self.reachable(memory, request, 8, need) else {
-            return ACCESS;
-        };
-        if !span.addr.is_multiple_of(8) {
-            return INVALID_REQUEST;
-        }
-        if !all_reached(memory, &[span]) {
-            return Reply::OutOfReach;
-        }
-        match mapped_word(memory, &span) {
-            // SAFETY: eight mapped bytes, aligned: the application's address is, and pages keep alignment.
-            Some(word) => Reply::Found(unsafe { atomic(word.as_ptr(), operation) }),
-            None => Self::foreign_atomic(memory, span.addr, operation),
-        }
-    }
-
-    /// An atomic on a word outside the shared sub-range: atomic against all others, for one thread executes them.
-    fn foreign_atomic(memory: &impl Memory, addr: u64, operation: Atomic) -> Reply {
-        let mut word = [0; 8];
-        if memory.read(addr, &mut word).is_err() {
-            return OPERATION;
-        }
-        let found = u64::from_ne_bytes(word);
-        match memory.write(addr, &operation.apply(found).to_ne_bytes()) {
-            Ok(()) => Reply::Found(found),
-            Err(_) => OPERATION,
-        }
-    }
-
-    /// Where an RDMA WRITE of the connected peer goes, if all is well with it and it goes to one mapped piece.
-    #[inline]
-    pub(crate) fn write_target<M: Memory>(
-        &self,
-        memory: &M,
-        source_qpn: u32,
-        rkey: u32,
-        addr: u64,
-        len: u64,
-    ) -> Option<NonNull<u8>> {
-        let need = AccessFlags::REMOTE_WRITE;
-        let is_new = self.state == QpState::Rtr && !self.established;
-        if !self.state.may_respond() || is_new || self.peer != source_qpn || !self.access.contains(need) {
-            return None;
-        }
-        check_remote(memory, (self.pd, self.qpn), rkey, addr, len, need)?.mapped(memory)
-    }
-
-    fn write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
-        if !self.access.contains(AccessFlags::REMOTE_WRITE) {
-            return INVALID_REQUEST;
-        }
-        if request.len == 0 {
-            return Reply::Ack;
-        }
-        let need = AccessFlags::REMOTE_WRITE;
-        let Some(span) = self.reachable(memory, request, request.len, need) else {
-            return ACCESS;
-        };
-        if !all_reached(memory, &[span]) {
-            return Reply::OutOfReach;
-        }
-        place_slice(request, (memory, &[span]))
-    }
-
-    /// What the request's key gives it of its range.
-    fn reachable<M: Memory>(
-        &self,
-        memory: &M,
-        request: &Request<'_, M>,
-        len: u64,
-        need: AccessFlags,
-    ) -> Option<Span> {
-        check_remote(memory, (self.pd, self.qpn), request.rkey, request.remote_addr, len, need)
-    }
-
-    /// Eight aligned bytes, written in one piece.
-    fn atomic_write<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
-        if request.len != 8 || !request.remote_addr.is_multiple_of(8) {
-            return INVALID_REQUEST;
-        }
-        self.write(memory, request)
-    }
-
-    /// A FLUSH: what was placed is visible already, so its rights are all there is to it.
-    fn make_visible<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
-        let flush = request.flush;
-        let (len, addr) = if flush.is_whole_mr { (0, None) } else { (flush.len, Some(request.remote_addr)) };
-        if flush.need.is_empty() || !self.access.contains(flush.need) {
-            return ACCESS;
-        }
-        let Some(mr) = memory.lookup_remote(request.rkey, self.qpn) else { return ACCESS };
-        let addr = addr.unwrap_or(mr.iova);
-        match check_remote(memory, (self.pd, self.qpn), request.rkey, addr, len, flush.need) {
-            Some(_) => {
-                fence(Ordering::SeqCst);
-                Reply::Ack
-            }
-            None => ACCESS,
-        }
-    }
-
-    fn write_with_imm<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
         if !self.access.contains(AccessFlags::REMOTE_WRITE) {
             return INVALID_REQUEST;
         }
         if let Err(reply) = self.claim() {
             return reply;
         }
-        let reply = self.write(memory, request);
+        let reply = self.write(memory, request, stage);
         match reply {
             Reply::Ack => {
                 let cqe = self.receipt(request, WcOpcode::RecvRdmaWithImm, request.len);
@@ -513,14 +389,14 @@ impl Responder {
         }
     }
 
-    fn send<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>) -> Reply {
+    fn send<M: Memory>(&mut self, memory: &M, request: &Request<'_, M>, stage: &mut Stage) -> Reply {
         if let Err(reply) = self.take_receive(memory, request.len) {
             return reply;
         }
         if !all_reached(memory, &self.spans) {
             return Reply::OutOfReach;
         }
-        let reply = place_slice(request, (memory, &self.spans));
+        let reply = place_slice(request, (memory, &self.spans), stage);
         match reply {
             Reply::Ack if !self.invalidates(memory, request) => {
                 self.refuse_receive(WcStatus::LocProtErr, ACCESS)
@@ -539,35 +415,6 @@ impl Responder {
     fn invalidates<M: Memory>(&self, memory: &M, request: &Request<'_, M>) -> bool {
         request.opcode != Opcode::SendWithInv
             || window::invalidate(memory, self.pd, request.imm, Some(self.qpn)).is_ok()
-    }
-
-    /// Takes a datagram in. One without a receive, or longer than that, is lost, as on a wire.
-    pub(crate) fn datagram<M: Memory>(
-        &mut self,
-        memory: &M,
-        request: &Request<'_, M>,
-        sgid: &Gid,
-        address: &Address,
-    ) -> Reply {
-        let total = request.len + GRH_LEN as u64;
-        if !self.state.may_respond() || self.qkey != address.qkey || self.take_receive(memory, total).is_err()
-        {
-            return Reply::Silence;
-        }
-        let header = grh(sgid, address, request.len);
-        let target = (memory, self.spans.as_slice());
-        let moved = transfer(Side::Bytes(&header), target, (0, 0), GRH_LEN as u64)
-            .and_then(|()| transfer(request.payload, target, (0, GRH_LEN as u64), request.len));
-        match moved {
-            Ok(()) => {
-                let mut cqe = self.receipt(request, WcOpcode::Recv, total);
-                cqe.flags |= WcFlags::GRH.bits() as u8;
-                self.complete(&cqe, request.solicited);
-                Reply::Ack
-            }
-            Err(Broken::Source) => Reply::SourceFault,
-            Err(Broken::Target) => self.refuse_receive(WcStatus::LocProtErr, OPERATION),
-        }
     }
 
     /// Takes the next receive for a message of `len` bytes, and checks its scatter list into `spans`.
@@ -674,13 +521,14 @@ impl Responder {
 }
 
 /// Places the next slice of a request's payload.
-fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span])) -> Reply {
+fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span]), stage: &mut Stage) -> Reply {
     let left = request.len - request.placed;
     let now = left.min(request.budget);
-    match transfer(request.payload, target, (request.placed, request.placed), now) {
-        Ok(()) if now == left => Reply::Ack,
-        Ok(()) => Reply::Partly(request.placed + now),
+    match transfer(request.payload, target, (request.placed, request.placed), now, stage) {
+        Ok(moved) if moved == left => Reply::Ack,
+        Ok(moved) => Reply::Partly(request.placed + moved),
         Err(Broken::Source) => Reply::SourceFault,
         Err(Broken::Target) => OPERATION,
+        Err(Broken::Foreign) => Reply::Foreign,
     }
 }

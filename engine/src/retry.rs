@@ -81,6 +81,11 @@ impl Retry {
     /// The peer does not answer, which counts when the timeout is over: when to try again (`None`: when something
     /// changes), unless enough is enough.
     pub(crate) fn silence(&mut self, now: u64) -> Result<Option<u64>, WcStatus> {
+        self.slowness(now, 0)
+    }
+
+    /// The same where the answer is on its way but takes its time: a timeout is `least` ns long at least.
+    pub(crate) fn slowness(&mut self, now: u64, least: u64) -> Result<Option<u64>, WcStatus> {
         self.rnr_until = None;
         let Some(timeout) = ack_timeout(self.limits.timeout) else { return Ok(None) };
         match self.deadline {
@@ -91,7 +96,13 @@ impl Retry {
             }
             None => {}
         }
-        self.deadline = Some(now.saturating_add(timeout.as_nanos() as u64));
+        self.deadline = Some(now.saturating_add((timeout.as_nanos() as u64).max(least)));
         Ok(self.deadline)
+    }
+
+    /// Until when something is waited for that must not take longer than `most` ns. `None`: it did.
+    pub(crate) fn patience(&mut self, now: u64, most: u64) -> Option<u64> {
+        let deadline = *self.deadline.get_or_insert(now.saturating_add(most));
+        (now < deadline).then_some(deadline)
     }
 }

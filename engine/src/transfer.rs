@@ -1,20 +1,19 @@
-//! Moving bytes from a gather list to a scatter list, piece by piece, whatever each piece is reached by.
+//! Moving bytes from a gather list to a scatter list, piece by piece.
+//!
+//! Where all is mapped, in one copy. Where something is not, through a buffer (the [`Stage`]) that accesses to
+//! foreign memory fill and write out between two attempts.
 
 use std::ptr::NonNull;
 
 use crate::{
-    memory::{Fault, Memory, Span},
+    foreign::Run,
+    memory::{Memory, Span},
     place::place,
+    stage::{Stage, Staged},
 };
 
-const BOUNCE: usize = 16 * 1024;
-
-/// How a piece of memory is reached from this seat.
-#[derive(Clone, Copy, Debug)]
-enum Piece {
-    Mapped(NonNull<u8>),
-    Foreign(u64),
-}
+/// Bytes of a slice that is not all mapped: what a QP may have in buffers.
+pub(crate) const STAGED_SLICE: u64 = 64 * 1024;
 
 /// One side of a transfer.
 #[derive(Debug)]
@@ -33,11 +32,32 @@ impl<M> Clone for Side<'_, M> {
 
 impl<M> Copy for Side<'_, M> {}
 
-/// Which side could not be reached.
+impl<M: Memory> Side<'_, M> {
+    #[inline]
+    fn is_mapped(&self) -> bool {
+        match self {
+            Self::Spans(_, spans) => are_mapped(spans),
+            Self::Bytes(_) => true,
+        }
+    }
+
+    fn foreign_runs(&self, skip: u64, len: u64) -> Vec<Run> {
+        match self {
+            Self::Spans(_, spans) => foreign_runs(spans, skip, len),
+            Self::Bytes(_) => Vec::new(),
+        }
+    }
+}
+
+/// Why nothing was moved, or not all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Broken {
+    /// The source could not be reached.
     Source,
+    /// The target could not be reached.
     Target,
+    /// An access must come first; the stage says which.
+    Foreign,
 }
 
 /// A place in a list of spans.
@@ -59,17 +79,18 @@ impl<'a, M: Memory> Cursor<'a, M> {
         Self { side, index, offset: skip }
     }
 
-    /// The piece here and how long it is, at most `want`. `None`: the list ends.
+    /// The piece here and how long it is, at most `want`. `None`: the list ends, or what was mapped is not any more.
     #[inline]
-    fn piece(&self, want: u64) -> Option<(Piece, usize)> {
+    fn piece(&self, want: u64) -> Option<(NonNull<u8>, usize)> {
         match self.side {
             Side::Bytes(bytes) => {
                 let rest = bytes.get(self.offset as usize..).filter(|rest| !rest.is_empty())?;
-                Some((Piece::Mapped(NonNull::from(rest).cast()), rest.len().min(want as usize)))
+                Some((NonNull::from(rest).cast(), rest.len().min(want as usize)))
             }
             Side::Spans(memory, spans) => {
                 let span = spans.get(self.index)?;
-                Some(piece_of(memory, span, self.offset, want))
+                let len = (span.len - self.offset).min(want) as usize;
+                Some((memory.mapped(&span.mr, span.addr + self.offset, len)?, len))
             }
         }
     }
@@ -84,93 +105,200 @@ impl<'a, M: Memory> Cursor<'a, M> {
             self.offset = 0;
         }
     }
-
-    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
-        match self.side {
-            Side::Spans(memory, _) => memory.read(addr, into),
-            Side::Bytes(_) => Err(Fault),
-        }
-    }
-
-    fn write(&self, addr: u64, from: &[u8]) -> Result<(), Fault> {
-        match self.side {
-            Side::Spans(memory, _) => memory.write(addr, from),
-            Side::Bytes(_) => Err(Fault),
-        }
-    }
 }
 
-/// The part of `span` from `offset` that is reached in one way.
-#[inline]
-fn piece_of(memory: &impl Memory, span: &Span, offset: u64, want: u64) -> (Piece, usize) {
-    let addr = span.addr + offset;
-    let len = (span.len - offset).min(want);
-    let (start, end) = (span.mr.shared_start, span.mr.shared_end);
-    if addr >= start && addr < end {
-        let len = len.min(end - addr) as usize;
-        if let Some(pointer) = memory.mapped(&span.mr, addr, len) {
-            return (Piece::Mapped(pointer), len);
-        }
-        return (Piece::Foreign(addr), len);
-    }
-    let len = if addr < start && start < end { len.min(start - addr) } else { len };
-    (Piece::Foreign(addr), len as usize)
-}
-
-/// Moves `len` bytes, `skip` bytes into both sides, to the memory of `to`. The lists are at least that long.
+/// Moves up to `len` bytes, `skip` bytes into both sides, to the memory of `to`; says how many. The lists are at
+/// least that long.
 pub(crate) fn transfer<M: Memory>(
     from: Side<'_, M>,
     to: (&M, &[Span]),
     skip: (u64, u64),
-    mut len: u64,
-) -> Result<(), Broken> {
+    len: u64,
+    stage: &mut Stage,
+) -> Result<u64, Broken> {
+    if from.is_mapped() && are_mapped(to.1) {
+        copy(from, to, skip, len)
+    } else {
+        staged(from, to, skip, len, stage)
+    }
+}
+
+/// The bytes of `from`: where they are if all of them are mapped, else gathered in the stage.
+pub(crate) fn gather<'a, M: Memory>(
+    from: Side<'a, M>,
+    len: u64,
+    stage: &'a mut Stage,
+) -> Result<Side<'a, M>, Broken> {
+    if from.is_mapped() {
+        return Ok(from);
+    }
+    let staged = stage.slice(0, len);
+    staged.check()?;
+    collect(from, 0, len, staged)?;
+    Ok(Side::Bytes(&staged.bytes))
+}
+
+fn copy<M: Memory>(from: Side<'_, M>, to: (&M, &[Span]), skip: (u64, u64), len: u64) -> Result<u64, Broken> {
     let mut source = Cursor::new(from, skip.0);
     let mut target = Cursor::new(Side::Spans(to.0, to.1), skip.1);
-    while len > 0 {
-        let (read, most) = source.piece(len).ok_or(Broken::Source)?;
+    let mut left = len;
+    while left > 0 {
+        let (read, most) = source.piece(left).ok_or(Broken::Source)?;
         let (write, n) = target.piece(most as u64).ok_or(Broken::Target)?;
-        match (read, write) {
-            // SAFETY: both pointers are valid for `n` bytes as `Memory::mapped` promises (or lie in a slice that
-            // is borrowed for the whole transfer).
-            (Piece::Mapped(read), Piece::Mapped(write)) => unsafe { place(read.as_ptr(), write.as_ptr(), n) },
-            _ => bounce(&source, read, &target, write, n)?,
-        }
+        // SAFETY: both pointers are valid for `n` bytes as `Memory::mapped` promises (or lie in a slice that is
+        // borrowed for the whole transfer).
+        unsafe { place(read.as_ptr(), write.as_ptr(), n) };
         source.advance(n);
         target.advance(n);
-        len -= n as u64;
+        left -= n as u64;
     }
+    Ok(len)
+}
+
+/// The same where something is foreign, a slice at a time. The mapped piece that holds the last byte is placed last,
+/// as if it were one copy.
+#[cold]
+fn staged<M: Memory>(
+    from: Side<'_, M>,
+    to: (&M, &[Span]),
+    skip: (u64, u64),
+    len: u64,
+    stage: &mut Stage,
+) -> Result<u64, Broken> {
+    // A slice that was begun keeps its length, whatever this turn may move.
+    let len = stage.begun(skip.1).unwrap_or(len.min(STAGED_SLICE));
+    let runs = foreign_runs(to.1, skip.1, len);
+    if runs.is_empty() && from.foreign_runs(skip.0, len).is_empty() {
+        return copy(from, to, skip, len);
+    }
+    let staged = stage.slice(skip.1, len);
+    staged.check()?;
+    if !staged.gathered {
+        collect(from, skip.0, len, staged)?;
+    }
+    let pieces = pieces(to.1, skip.1, len);
+    let (last, others) = pieces.split_last().ok_or(Broken::Target)?;
+    if staged.written != runs {
+        others.iter().try_for_each(|piece| piece.put(to.0, &staged.bytes)).map_err(|()| Broken::Target)?;
+        staged.want_write(runs);
+        return Err(Broken::Foreign);
+    }
+    if runs.is_empty() {
+        others.iter().try_for_each(|piece| piece.put(to.0, &staged.bytes)).map_err(|()| Broken::Target)?;
+    }
+    last.put(to.0, &staged.bytes).map_err(|()| Broken::Target)?;
+    stage.clear();
+    Ok(len)
+}
+
+/// Brings the source's bytes into the stage.
+fn collect<M: Memory>(from: Side<'_, M>, skip: u64, len: u64, staged: &mut Staged) -> Result<(), Broken> {
+    if staged.gathered {
+        return Ok(());
+    }
+    let runs = from.foreign_runs(skip, len);
+    if !runs.is_empty() && !staged.fetched {
+        staged.want_read(runs);
+        return Err(Broken::Foreign);
+    }
+    staged.bytes.resize(len as usize, 0);
+    take_mapped(from, skip, &mut staged.bytes)?;
+    staged.gathered = true;
     Ok(())
 }
 
-/// Moves a piece of which at least one end is not mapped here, through a buffer of this process.
-fn bounce<M: Memory>(
-    source: &Cursor<'_, M>,
-    read: Piece,
-    target: &Cursor<'_, M>,
-    write: Piece,
-    len: usize,
-) -> Result<(), Broken> {
-    let mut buffer = [0u8; BOUNCE];
-    for at in (0..len).step_by(BOUNCE) {
-        let chunk = &mut buffer[..BOUNCE.min(len - at)];
-        match read {
-            Piece::Foreign(addr) => source.read(addr + at as u64, chunk).map_err(|Fault| Broken::Source)?,
-            // SAFETY: the pointer is valid for `len` bytes; the chunk is ours.
-            Piece::Mapped(from) => unsafe { place(from.as_ptr().add(at), chunk.as_mut_ptr(), chunk.len()) },
+/// Copies what is mapped of the bytes at `skip` into a buffer.
+fn take_mapped<M: Memory>(from: Side<'_, M>, skip: u64, into: &mut [u8]) -> Result<(), Broken> {
+    match from {
+        Side::Bytes(bytes) => {
+            let rest = bytes.get(skip as usize..).unwrap_or_default();
+            into.copy_from_slice(rest.get(..into.len()).ok_or(Broken::Source)?);
+            Ok(())
         }
-        match write {
-            Piece::Foreign(addr) => target.write(addr + at as u64, chunk).map_err(|Fault| Broken::Target)?,
-            // SAFETY: as above.
-            Piece::Mapped(to) => unsafe { place(chunk.as_ptr(), to.as_ptr().add(at), chunk.len()) },
-        }
+        Side::Spans(memory, spans) => pieces(spans, skip, into.len() as u64)
+            .iter()
+            .try_for_each(|piece| piece.take(memory, into))
+            .map_err(|()| Broken::Source),
     }
-    Ok(())
+}
+
+/// Copies a message that [`gather`] gave into a buffer.
+pub(crate) fn take_out<M: Memory>(from: Side<'_, M>, into: &mut [u8]) -> Result<(), Broken> {
+    take_mapped(from, 0, into)
+}
+
+/// A part of a slice that is reached in one way.
+struct Piece<'a> {
+    span: &'a Span,
+    run: Run,
+    mapped: bool,
+}
+
+impl Piece<'_> {
+    /// Copies it into the slice's buffer, if it is mapped.
+    fn take(&self, memory: &impl Memory, into: &mut [u8]) -> Result<(), ()> {
+        let Run { addr, at, len } = self.run;
+        if self.mapped {
+            let from = memory.mapped(&self.span.mr, addr, len).ok_or(())?;
+            let into = into.get_mut(at..at + len).ok_or(())?;
+            // SAFETY: the pointer is valid for `len` bytes as `Memory::mapped` promises; the buffer is ours.
+            unsafe { place(from.as_ptr(), into.as_mut_ptr(), len) };
+        }
+        Ok(())
+    }
+
+    /// Places it from the slice's buffer, if it is mapped.
+    fn put(&self, memory: &impl Memory, from: &[u8]) -> Result<(), ()> {
+        let Run { addr, at, len } = self.run;
+        if self.mapped {
+            let to = memory.mapped(&self.span.mr, addr, len).ok_or(())?;
+            let from = from.get(at..at + len).ok_or(())?;
+            // SAFETY: as above.
+            unsafe { place(from.as_ptr(), to.as_ptr(), len) };
+        }
+        Ok(())
+    }
+}
+
+/// The pieces of `len` bytes, `skip` bytes into the list.
+fn pieces(spans: &[Span], mut skip: u64, len: u64) -> Vec<Piece<'_>> {
+    let (mut pieces, mut at) = (Vec::new(), 0);
+    for span in spans {
+        while skip < span.len && at < len {
+            let addr = span.addr + skip;
+            let most = (span.len - skip).min(len - at);
+            let (start, end) = (span.mr.shared_start, span.mr.shared_end);
+            let (mapped, n) = match addr {
+                addr if addr >= start && addr < end => (true, most.min(end - addr)),
+                addr if addr < start && start < end => (false, most.min(start - addr)),
+                _ => (false, most),
+            };
+            pieces.push(Piece { span, run: Run { addr, at: at as usize, len: n as usize }, mapped });
+            (skip, at) = (skip + n, at + n);
+        }
+        skip = skip.saturating_sub(span.len);
+    }
+    pieces
+}
+
+fn foreign_runs(spans: &[Span], skip: u64, len: u64) -> Vec<Run> {
+    pieces(spans, skip, len).iter().filter(|piece| !piece.mapped).map(|piece| piece.run).collect()
+}
+
+/// Whether a span lies inside its MR's shared sub-range.
+#[inline]
+fn lies_inside(span: &Span) -> bool {
+    let (start, end) = (span.mr.shared_start, span.mr.shared_end);
+    span.addr >= start && span.len <= end.saturating_sub(span.addr)
+}
+
+/// Whether all of a list is mapped.
+#[inline]
+pub(crate) fn are_mapped(spans: &[Span]) -> bool {
+    spans.iter().all(lies_inside)
 }
 
 /// Where the aligned eight bytes of an atomic's target are mapped, if they are.
 pub(crate) fn mapped_word<M: Memory>(memory: &M, span: &Span) -> Option<NonNull<u8>> {
-    match piece_of(memory, span, 0, 8) {
-        (Piece::Mapped(pointer), 8) => Some(pointer),
-        _ => None,
-    }
+    if lies_inside(span) { memory.mapped(&span.mr, span.addr, 8) } else { None }
 }

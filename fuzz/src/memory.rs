@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, ptr::NonNull, rc::Rc, sync::atomic::Ordering};
 
-use engine::{CHOSEN_BITS, Fault, Memory, MemoryWindow};
+use engine::{CHOSEN_BITS, Fault, Foreign, Memory, MemoryWindow};
 use verbs_abi::{
     shm::{Window, mr_table::MrEntry},
     verbs::AccessFlags,
@@ -216,7 +216,9 @@ impl Memory for Guarded {
         }
         NonNull::new(self.bytes.as_ptr().wrapping_add((addr - BASE) as usize))
     }
+}
 
+impl Foreign for Guarded {
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
         let at = self.offset(addr, into.len() as u64, false);
         if self.region_at(addr, 1).is_some_and(|mr| mr.key & 0xff == Region::Broken as u32) {

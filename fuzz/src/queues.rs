@@ -13,7 +13,7 @@ use verbs_abi::{
 use crate::{
     Input,
     memory::{Guarded, LEN, REGION, REGIONS, Region, WINDOWS, addr, iova, key, window_key},
-    world::{Client, geometry, gid, settle},
+    world::{Accesses, Client, geometry, gid, settle},
 };
 
 const QP_TYPES: [QpType; 4] = [QpType::Rc, QpType::Rc, QpType::Uc, QpType::Ud];
@@ -41,6 +41,7 @@ struct Host {
     hostile: [Client; 2],
     bystanders: [Client; 2],
     pings: u64,
+    accesses: Accesses,
 }
 
 impl Host {
@@ -53,7 +54,7 @@ impl Host {
             let peer = (bystanders[other].id, bystanders[other].qps[0].new.qpn);
             bystanders[one].connect(&mut fabric, 0, peer);
         }
-        let mut host = Self { fabric, now: 1, hostile, bystanders, pings: 0 };
+        let mut host = Self { fabric, now: 1, hostile, bystanders, pings: 0, accesses: Accesses::default() };
         for who in 0..2 {
             for qp in 0..QP_TYPES.len() {
                 let peer = host.peer(input);
@@ -89,15 +90,20 @@ impl Host {
             23..=25 => client.doorbells.ring(client.qps[qp].new.slot),
             26 => {
                 let (to, peer) = (input.pick(&STATES), self.peer(input));
+                if to == QpState::Reset {
+                    self.accesses.perform(&mut self.fabric);
+                }
                 self.hostile[who].modify(&mut self.fabric, qp, to, peer);
             }
             27 => {
                 let peer = self.peer(input);
+                self.accesses.perform(&mut self.fabric);
                 self.hostile[who].modify(&mut self.fabric, qp, QpState::Reset, peer);
                 self.hostile[who].connect(&mut self.fabric, qp, peer);
             }
             28 => {
                 let region = key(client.id, input.pick(&REGIONS));
+                self.accesses.perform(&mut self.fabric);
                 self.fabric.memory_mut(client.id).unwrap().remove(region);
             }
             29 => {
@@ -114,8 +120,12 @@ impl Host {
     fn advance(&mut self, input: &mut Input<'_>) {
         self.now += u64::from(input.u8()) * 100_000;
         self.fabric.collect();
+        if self.now & 3 != 0 {
+            self.accesses.perform(&mut self.fabric);
+        }
         for _ in 0..input.below(4) {
             self.fabric.run(self.now);
+            self.accesses.take(&mut self.fabric);
         }
     }
 
@@ -154,6 +164,7 @@ impl Host {
     }
 
     fn finish(mut self) {
+        self.accesses.perform(&mut self.fabric);
         assert!(settle(&mut self.fabric, self.now), "the fabric never comes to rest");
         self.ping();
         let used = addr(Region::Mapped) - crate::memory::BASE;
@@ -163,7 +174,7 @@ impl Host {
                 !pinged && !client.is_untouched(*at)
             });
             assert_eq!(changed, None, "a bystander's memory was touched");
-            assert_eq!(client.state(&self.fabric, 0), QpState::Rts);
+            assert_eq!(client.state(&mut self.fabric, 0), QpState::Rts);
         }
         for client in &self.hostile {
             let unregistered = |at: &u64| (at / REGION).is_multiple_of(2);

@@ -15,7 +15,7 @@ use verbs_abi::{
 use crate::{
     Input,
     memory::{Guarded, LEN, REGION},
-    world::{Client, settle},
+    world::{Accesses, Client, settle},
 };
 use end::{End, counter};
 use seat::Seat;
@@ -47,6 +47,7 @@ struct Ring {
     modes: Vec<Mode>,
     next_id: u32,
     lives: u32,
+    accesses: Accesses,
 }
 
 /// Which end: client and QP.
@@ -68,6 +69,7 @@ impl Ring {
             modes: modes.collect(),
             next_id: 1,
             lives: 0,
+            accesses: Accesses::default(),
         };
         for i in 0..CLIENTS {
             let client = ring.open(i);
@@ -123,14 +125,30 @@ impl Ring {
             28 => self.reset(at),
             29 => self.mend(at),
             30 => self.die(at.0, input),
-            _ => self.now += SECOND,
+            _ => {
+                self.perform();
+                self.now += SECOND;
+            }
         }
     }
 
     fn advance(&mut self, input: &mut Input<'_>) {
         self.now += u64::from(input.u8()) * 50_000;
         self.fabric.collect();
+        self.perform();
         for _ in 0..input.below(4) {
+            self.fabric.run(self.now);
+        }
+        // These take until the next time, whatever happens in between.
+        self.accesses.take(&mut self.fabric);
+    }
+
+    /// Lets the accesses to foreign memory come to their end.
+    fn perform(&mut self) {
+        for _ in 0..100 {
+            if !self.accesses.perform(&mut self.fabric) {
+                return;
+            }
             self.fabric.run(self.now);
         }
     }
@@ -151,7 +169,7 @@ impl Ring {
     /// Stops the send queue, or lets it go on.
     fn drain(&mut self, at: At) {
         self.end_list(at);
-        let to = match self.clients[at.0].state(&self.fabric, at.1) {
+        let to = match self.clients[at.0].state(&mut self.fabric, at.1) {
             QpState::Rts => QpState::Sqd,
             QpState::Sqd => QpState::Rts,
             _ => return,
@@ -160,6 +178,7 @@ impl Ring {
     }
 
     fn fail(&mut self, at: At) {
+        self.perform();
         self.end_list(at);
         let client = &self.clients[at.0];
         if self.fabric.seize(client.id, client.qps[at.1].new.qpn)
@@ -171,6 +190,7 @@ impl Ring {
 
     /// Ends a life of a QP. False: a peer is in the middle of something.
     fn end_life(&mut self, at: At) -> bool {
+        self.perform();
         self.end_list(at);
         let qpn = self.clients[at.0].qps[at.1].new.qpn;
         if !self.fabric.seize(self.clients[at.0].id, qpn) {
@@ -202,6 +222,7 @@ impl Ring {
 
     /// Kills a client, in the middle of what it did, and opens another in its place, which nobody knows yet.
     fn die(&mut self, i: usize, input: &mut Input<'_>) {
+        self.perform();
         let how = input.u8();
         for qp in 0..2 {
             if how >> qp & 1 == 1 {
@@ -220,6 +241,7 @@ impl Ring {
     }
 
     fn finish(mut self) {
+        self.perform();
         let all: Vec<At> = (0..CLIENTS).flat_map(|client| [(client, 0), (client, 1)]).collect();
         for _ in 0..20 {
             all.iter().for_each(|at| self.end_list(*at));
@@ -228,7 +250,7 @@ impl Ring {
             self.now += SECOND;
         }
         for at in all {
-            let state = self.clients[at.0].state(&self.fabric, at.1);
+            let state = self.clients[at.0].state(&mut self.fabric, at.1);
             let (end, peer) = (&self.ends[at.0][at.1], peer_of(at));
             if state != QpState::Rts && state != QpState::Err {
                 continue;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use engine::{Bell, ClientInit, Fabric, Modified, QpInit};
+use engine::{Access, Bell, ClientInit, Fabric, Modified, QpInit};
 use verbs_abi::{
     proto::{AhAttr, CreateQp, DirectPeer, Gid, Mode, NewQp, QpAttr, QpCap},
     qp_state,
@@ -156,7 +156,7 @@ impl Client {
         modified.map(|modified| modified.expect("a QP can be connected"))[1].direct.map(|(peer, _)| peer)
     }
 
-    pub(crate) fn state(&self, fabric: &Fabric<Guarded>, qp: usize) -> QpState {
+    pub(crate) fn state(&self, fabric: &mut Fabric<Guarded>, qp: usize) -> QpState {
         let attr = fabric.query_qp(self.id, self.qps[qp].new.qpn).unwrap();
         QpState::try_from(attr.qp_state).unwrap()
     }
@@ -210,11 +210,35 @@ fn attributes(to: QpState, peer: (u32, u32)) -> QpAttr {
     }
 }
 
-/// Doorbells and turns until nothing is left to do now; `false` if that takes too long.
+/// Accesses to foreign memory that were given out and not yet performed.
+#[derive(Debug, Default)]
+pub(crate) struct Accesses(Vec<Access>);
+
+impl Accesses {
+    /// Takes what the fabric gives out.
+    pub(crate) fn take(&mut self, fabric: &mut Fabric<Guarded>) {
+        self.0.extend(std::iter::from_fn(|| fabric.next_access()));
+    }
+
+    /// Performs all of them. True: there were some.
+    pub(crate) fn perform(&mut self, fabric: &mut Fabric<Guarded>) -> bool {
+        self.take(fabric);
+        let any = !self.0.is_empty();
+        for mut access in self.0.drain(..) {
+            if let Some(memory) = fabric.memory_mut(access.client()) {
+                access.perform(memory);
+            }
+            fabric.finish(access);
+        }
+        any
+    }
+}
+
+/// Doorbells, turns and accesses until nothing is left to do now; `false` if that takes too long.
 pub(crate) fn settle(fabric: &mut Fabric<Guarded>, now: u64) -> bool {
     (0..10_000).any(|_| {
         let rung = fabric.collect();
         let more = fabric.run(now);
-        !rung && !more
+        !Accesses::default().perform(fabric) && !rung && !more
     })
 }

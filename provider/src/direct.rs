@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder};
+use engine::{Attempt, CompletionQueue, Completions, Fetch, Memory, Requester, Responder};
 use verbs_abi::proto::DirectPeer;
 use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::CompletionWriter;
@@ -151,14 +151,6 @@ impl Memory for Reach {
             }
         }
     }
-
-    fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Fault> {
-        Err(Fault)
-    }
-
-    fn write(&self, _: u64, _: &[u8]) -> Result<(), Fault> {
-        Err(Fault)
-    }
 }
 
 #[inline]
@@ -260,7 +252,7 @@ impl Seat {
         match self.attempt(qp) {
             Attempt::Done => Tried::Done,
             Attempt::Failed { .. } => Tried::Failed,
-            Attempt::Unfinished | Attempt::Wait(_) => {
+            Attempt::Unfinished | Attempt::Wait(_) | Attempt::Foreign(_) => {
                 self.requester.withdraw(wqe);
                 Tried::NotNow
             }

@@ -7,7 +7,6 @@
 //! ```
 //!
 //! A client ends when its process does or its connection closes, whichever is first.
-//! Not here yet: a handler for SIGBUS (client files are sealed, so it would take a host out of memory).
 
 mod doors;
 mod manage;
@@ -49,7 +48,7 @@ use crate::{
 
 /// How long no connection is taken when there are no descriptors left.
 const RESPITE: Duration = Duration::from_millis(100);
-/// How often a put-off reply is looked at.
+/// How often an answer about the status that was put off is looked at.
 const SOON: Duration = Duration::from_millis(1);
 /// Addresses older than this are read again when a connection is made.
 const ADDRESS_AGE: Duration = Duration::from_secs(1);
@@ -256,8 +255,10 @@ impl Daemon {
     fn timeout(&self) -> Option<Timespec> {
         let now = Instant::now();
         let until = |moment: Instant| moment.saturating_duration_since(now);
-        let waiting = (!self.waiting.is_empty() || !self.asking.is_empty()).then_some(SOON);
-        let due = [waiting, self.respite.map(until), self.idle_left(), self.broker.idle()];
+        let looks = self.waiting.iter().filter_map(|id| self.sessions.get(id)?.next_look());
+        let asked = (!self.asking.is_empty()).then_some(SOON);
+        let due =
+            [looks.min().map(until), asked, self.respite.map(until), self.idle_left(), self.broker.idle()];
         let earliest = due.into_iter().flatten().min()?;
         // Rounded up to what epoll can wait, lest it be asked again and again for the last microseconds.
         let earliest = earliest + Duration::from_millis(1);
@@ -319,7 +320,8 @@ impl Daemon {
     }
 
     fn open(&mut self, id: u32, hello: Hello) -> Result<(), Parting> {
-        let full = self.clients >= self.max_clients;
+        // A helper that is stuck in the memory of a client that is gone counts as a client.
+        let full = self.clients + self.terms.lane.way_back().abandoned() >= self.max_clients;
         let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
         let refusal = match session.tenant().opens_devices {
             false => {

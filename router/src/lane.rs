@@ -5,7 +5,8 @@
 //! asleep: flag on the lane page, one more look, then sleep on the wake word until it changes or a timer is due
 //! ```
 //!
-//! Nothing a client does can stop a lane: it reads bits and words only, and rings clients without waiting (`bell`).
+//! Nothing a client does can stop a lane: it reads bits and words only, rings clients without waiting (`bell`), and
+//! leaves memory that may fault to the clients' helpers (`helper`).
 //! Leaves to others: what a turn does (engine), what clients ask for (sessions).
 
 use std::{
@@ -13,18 +14,19 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
+        mpsc::Receiver,
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use engine::Fabric;
+use engine::{Access, Fabric};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
 use verbs_abi::shm::lane::{self, LanePage, WakeWord};
 
-use crate::{memory::ClientMemory, segment};
+use crate::{helper::WayBack, memory::ClientMemory, segment};
 
 /// Turns with the fabric locked, after which others get it.
 const TURNS: u32 = 16;
@@ -40,10 +42,18 @@ const NICE: libc::c_int = -10;
 /// What the lane asks for at a time: who asks for little gets it sooner (Linux 6.12 and newer).
 const SHORT_TURN: Duration = Duration::from_micros(100);
 
+/// What the lane's turns work on.
+#[derive(Debug)]
+struct Seat {
+    fabric: Fabric<ClientMemory>,
+    /// Accesses that helpers have performed.
+    arrivals: Receiver<Access>,
+}
+
 /// A lane and its fabric.
 #[derive(Debug)]
 pub(crate) struct Lane {
-    fabric: Mutex<Fabric<ClientMemory>>,
+    seat: Mutex<Seat>,
     /// Others that wait for the fabric.
     waiters: AtomicUsize,
     page: LanePage,
@@ -52,6 +62,7 @@ pub(crate) struct Lane {
     own_word: Option<WakeWord>,
     /// One a tenant, and the file by which its clients wake this lane.
     words: Vec<(WakeWord, OwnedFd)>,
+    way_back: WayBack,
     stopping: AtomicBool,
     sleeps: AtomicU64,
 }
@@ -67,13 +78,16 @@ impl Lane {
             lane::sleep_on_any([(own, unlike)].into_iter(), None)
                 .map_err(|_| io::Error::other("several tenants need Linux 5.16 or newer (futex_waitv)"))?;
         }
+        let own = own_word.as_ref().unwrap_or(&words[0].0);
+        let (way_back, arrivals) = WayBack::new(page.clone(), own.clone());
         let lane = Self {
-            fabric: Mutex::new(Fabric::new()),
+            seat: Mutex::new(Seat { fabric: Fabric::new(), arrivals }),
             waiters: AtomicUsize::new(0),
             page,
             page_file,
             own_word,
             words,
+            way_back,
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
         };
@@ -108,10 +122,10 @@ impl Lane {
     /// Does something to the fabric between two turns, and lets the lane see what follows from it.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut Fabric<ClientMemory>) -> R) -> R {
         self.waiters.fetch_add(1, Ordering::Relaxed);
-        let mut fabric = self.fabric.lock();
+        let mut seat = self.seat.lock();
         self.waiters.fetch_sub(1, Ordering::Relaxed);
-        let result = change(&mut fabric);
-        drop(fabric);
+        let result = change(&mut seat.fabric);
+        drop(seat);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
         if self.page.is_asleep() {
             self.wake();
@@ -127,6 +141,11 @@ impl Lane {
     /// The wake page for the clients of a tenant.
     pub(crate) fn wake_file(&self, tenant: u32) -> BorrowedFd<'_> {
         self.words[tenant as usize].1.as_fd()
+    }
+
+    /// For helpers: the way back to this lane.
+    pub(crate) fn way_back(&self) -> &WayBack {
+        &self.way_back
     }
 
     /// Times the lane went to sleep.
@@ -163,6 +182,7 @@ impl Lane {
     fn doze(&self, seen: &mut Vec<u32>) {
         self.look_at_words(seen);
         self.page.set_asleep(true);
+        fence(Ordering::SeqCst);
         let look = self.look();
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
             self.sleep(seen, look.timer);
@@ -175,13 +195,18 @@ impl Lane {
         self.look();
     }
 
-    /// Takes doorbells and gives some turns, with the fabric locked.
+    /// Takes doorbells and performed accesses and gives some turns, with the fabric locked.
     fn look(&self) -> Look {
-        let mut fabric = self.fabric.lock();
+        let mut seat = self.seat.lock();
+        let Seat { fabric, arrivals } = &mut *seat;
         let mut look = Look::default();
         for _ in 0..TURNS {
             let rung = fabric.collect();
-            let more = fabric.run(now());
+            while let Ok(access) = arrivals.try_recv() {
+                fabric.finish(access);
+            }
+            let mut more = fabric.run(now());
+            more |= give_out(fabric);
             look.worked |= rung || more;
             if !more || self.waiters.load(Ordering::Relaxed) > 0 {
                 break;
@@ -189,7 +214,7 @@ impl Lane {
         }
         look.timer = fabric.next_timer();
         if self.waiters.load(Ordering::Relaxed) > 0 {
-            MutexGuard::unlock_fair(fabric);
+            MutexGuard::unlock_fair(seat);
         }
         look
     }
@@ -208,6 +233,22 @@ impl Lane {
         // That the kernel can do it was seen at the start.
         let _ = lane::sleep_on_any(words.zip(seen.iter().copied()), timeout);
     }
+}
+
+/// Gives accesses to foreign memory to the helpers. True: one has come back already.
+fn give_out(fabric: &mut Fabric<ClientMemory>) -> bool {
+    let mut refused = false;
+    while let Some(access) = fabric.next_access() {
+        let submitted = match fabric.memory_mut(access.client()) {
+            Some(memory) => memory.submit(access),
+            None => Err(access),
+        };
+        if let Err(access) = submitted {
+            fabric.finish(access);
+            refused = true;
+        }
+    }
+    refused
 }
 
 /// The fabric's clock: CLOCK_MONOTONIC in nanoseconds.

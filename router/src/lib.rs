@@ -5,6 +5,7 @@
 //! lane       the data path's thread        identity  who a client is        addresses  its GIDs
 //! tenant, account, claims                   trust domains, quotas, addresses
 //! arena, region, memory                    what a client shares, and how the engine reaches it
+//! helper     reaches what a client does not share
 //! bell       rings clients                 client    asks a running router (command line)
 //! broker     rdma_cm: the `cm` crate with a clock
 //! ```
@@ -22,6 +23,7 @@ mod descriptor;
 pub mod error;
 mod guid;
 mod heap;
+mod helper;
 mod identity;
 mod lane;
 mod memory;

@@ -1,15 +1,18 @@
-//! One client's memory as the router's seat reaches it: the engine's `Memory` over mapped regions and `/proc/PID/mem`.
+//! One client's memory as the router's seat reaches it: the engine's `Memory` over mapped regions, and the helper for
+//! what is not mapped.
 //!
 //! The keys that count are those in this process; the table in the arena is a copy for direct peers' eyes,
 //! which the client itself can overwrite.
 
-use std::{cell::Cell, collections::HashMap, fs::File, os::unix::fs::FileExt, ptr::NonNull};
+use std::{cell::Cell, collections::HashMap, ptr::NonNull};
 
-use engine::{Bound, CHOSEN_BITS, Fault, Memory, MemoryWindow};
+use engine::{Access, Bound, CHOSEN_BITS, Memory, MemoryWindow};
 use verbs_abi::shm::{
     Window,
     mr_table::{MrEntry, MrTable, WINDOW, index_of},
 };
+
+use crate::helper::Helper;
 
 /// Memory and keys of one client.
 #[derive(Debug)]
@@ -18,8 +21,8 @@ pub(crate) struct ClientMemory {
     /// Memory windows, by the index in their keys.
     windows: HashMap<u32, Cell<MemoryWindow>>,
     table: MrTable,
-    /// `/proc/PID/mem` of the client, open for writing.
-    process: Option<File>,
+    /// Reaches what is not mapped; started when there is such memory.
+    helper: Option<Helper>,
 }
 
 #[derive(Debug)]
@@ -33,8 +36,24 @@ struct Mr {
 
 impl ClientMemory {
     /// No memory yet. `table` is the copy in the client's arena.
-    pub(crate) fn new(table: MrTable, process: Option<File>) -> Self {
-        Self { mrs: Vec::new(), windows: HashMap::new(), table, process }
+    pub(crate) fn new(table: MrTable) -> Self {
+        Self { mrs: Vec::new(), windows: HashMap::new(), table, helper: None }
+    }
+
+    /// Sets who reaches what is not mapped.
+    pub(crate) fn set_helper(&mut self, helper: Helper) {
+        self.helper = Some(helper);
+    }
+
+    /// Has an access to what is not mapped performed. Never waits.
+    ///
+    /// # Errors
+    /// The access, if nobody can.
+    pub(crate) fn submit(&self, access: Access) -> Result<(), Access> {
+        match &self.helper {
+            Some(helper) => helper.submit(access),
+            None => Err(access),
+        }
     }
 
     /// Makes a key valid. `shared` is the window of exactly the entry's shared sub-range.
@@ -145,16 +164,6 @@ impl Memory for ClientMemory {
         }
         NonNull::new(window.as_ptr().wrapping_add(offset))
     }
-
-    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
-        let process = self.process.as_ref().ok_or(Fault)?;
-        process.read_exact_at(into, addr).map_err(|_| Fault)
-    }
-
-    fn write(&self, addr: u64, from: &[u8]) -> Result<(), Fault> {
-        let process = self.process.as_ref().ok_or(Fault)?;
-        process.write_all_at(from, addr).map_err(|_| Fault)
-    }
 }
 
 #[cfg(test)]
@@ -165,8 +174,7 @@ mod tests {
 
     fn memory() -> ClientMemory {
         let arena = Window::heap(arena::MR_TABLE as usize + arena::MAX_MR as usize * BLOCK);
-        let process = File::options().read(true).write(true).open("/proc/self/mem").unwrap();
-        ClientMemory::new(MrTable::new(&arena).unwrap(), Some(process))
+        ClientMemory::new(MrTable::new(&arena).unwrap())
     }
 
     fn entry(key: u32) -> MrEntry {
@@ -207,20 +215,5 @@ mod tests {
         assert_eq!(memory.lookup(entry.key), None);
         assert_eq!(memory.table.lookup(entry.key), None);
         assert!(memory.mapped(&entry, 0x11_000, 1).is_none());
-    }
-
-    #[test]
-    fn private_memory_is_reached_through_the_process() {
-        let memory = memory();
-        let mut word = [1u8, 2, 3, 4];
-        let addr = word.as_mut_ptr().addr() as u64;
-        let mut seen = [0; 4];
-        memory.read(addr, &mut seen).unwrap();
-        assert_eq!(seen, [1, 2, 3, 4]);
-        memory.write(addr, &[9, 8]).unwrap();
-        memory.read(addr, &mut seen).unwrap();
-        assert_eq!(seen, [9, 8, 3, 4]);
-        assert_eq!(memory.read(8, &mut seen), Err(Fault));
-        assert_eq!(memory.write(u64::MAX, &seen), Err(Fault));
     }
 }

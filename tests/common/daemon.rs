@@ -122,6 +122,7 @@ impl Daemon {
 pub(crate) struct Holdings {
     descriptors: usize,
     mappings: usize,
+    threads: usize,
     resident_kib: u64,
 }
 
@@ -138,6 +139,7 @@ impl Holdings {
         Ok(Self {
             descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
             mappings: file("maps")?.lines().count(),
+            threads: fs::read_dir(format!("/proc/{pid}/task"))?.count(),
             resident_kib: resident.unwrap_or(0),
         })
     }
@@ -145,6 +147,7 @@ impl Holdings {
     fn is_back_at(&self, before: &Self) -> bool {
         self.descriptors <= before.descriptors
             && self.mappings <= before.mappings + SPARE_MAPPINGS
+            && self.threads <= before.threads
             && self.resident_kib <= before.resident_kib + SPARE_KIB
     }
 }

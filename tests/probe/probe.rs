@@ -8,6 +8,8 @@ mod buffer;
 mod checks;
 mod cm;
 mod cq;
+mod family;
+mod fuse;
 mod idle;
 mod kills;
 mod library;
@@ -15,6 +17,7 @@ mod meet;
 mod outage;
 mod pair;
 mod qp;
+mod stall;
 mod tcp;
 mod verbs;
 
@@ -28,7 +31,7 @@ use checks::{CHECKS, Skip};
 const LIMIT: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "\
-usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage
+usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
@@ -78,6 +81,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["tcp-echo", port] => tcp::echo(port.parse()?),
         ["tcp-exchange", address] => tcp::exchange(address.parse()?),
         ["cm-outage"] => outage::survive_by_name(),
+        ["stall"] => stall::run(),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),
     }

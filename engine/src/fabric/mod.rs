@@ -1,9 +1,11 @@
 //! The router's seat: every client and QP of the host, whose turn it is, who waits for what.
 //!
 //! Inputs: the control verbs ([`Fabric::open`], [`Fabric::create_qp`], [`Fabric::modify_qp`], ...), doorbells
-//! ([`Fabric::collect`]) and the time. Output: memory, completions, rung bells. Call [`Fabric::run`] while it
-//! says there is more, then sleep until a doorbell or [`Fabric::next_timer`].
+//! ([`Fabric::collect`]), the time, and accesses to foreign memory that have come back ([`Fabric::finish`]). Output:
+//! memory, completions, rung bells, accesses to be performed ([`Fabric::next_access`]). Call [`Fabric::run`] while it
+//! says there is more, then sleep until a doorbell, an access or [`Fabric::next_timer`].
 
+mod access;
 mod direct;
 mod modify;
 mod objects;
@@ -13,7 +15,7 @@ mod shared;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use verbs_abi::{
@@ -28,6 +30,7 @@ use verbs_abi::{
 
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
 
+use access::{Accesses, Counts};
 use schedule::Schedule;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
@@ -126,6 +129,10 @@ struct Client<M> {
     next_word: usize,
     cqs: HashMap<u32, Cq>,
     next_cq: u32,
+    /// Accesses to its foreign memory.
+    accesses: Counts,
+    /// Bytes of datagrams that wait for it.
+    inboxes: Arc<AtomicU64>,
 }
 
 /// One CQ.
@@ -167,6 +174,8 @@ struct Qp {
     attached: Vec<usize>,
     /// Whether the router's halves are those that count (the seat is the router's and was resumed).
     held: bool,
+    /// Accesses to its owner's memory that are under way for it.
+    busy: u32,
 }
 
 /// Every client and QP of the host.
@@ -186,6 +195,7 @@ pub struct Fabric<M> {
     schedule: Schedule,
     rung: Vec<usize>,
     rung_srqs: Vec<u32>,
+    accesses: Accesses,
     /// The time at the last turn.
     now: u64,
 }
@@ -214,6 +224,7 @@ impl<M: Memory> Fabric<M> {
             schedule: Schedule::default(),
             rung: Vec::new(),
             rung_srqs: Vec::new(),
+            accesses: Accesses::default(),
             now: 0,
         }
     }
@@ -237,6 +248,8 @@ impl<M: Memory> Fabric<M> {
             paired: BTreeSet::new(),
             cqs: HashMap::new(),
             next_cq: 1,
+            accesses: Counts::default(),
+            inboxes: Arc::default(),
         };
         let at = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
         if at == self.clients.len() {
@@ -255,6 +268,7 @@ impl<M: Memory> Fabric<M> {
     /// to end.
     pub fn close_some(&mut self, client: u32, qps: usize) -> bool {
         let Some(&at) = self.client_index.get(&client) else { return false };
+        self.lose_accesses(at);
         let slots = self.clients[at].iter().flat_map(|client| client.slots.iter().rev().flatten().copied());
         let ending: Vec<usize> = slots.take(qps).collect();
         for qp in &ending {

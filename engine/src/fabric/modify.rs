@@ -24,7 +24,7 @@ const LIMITS: AttrLimits = AttrLimits {
 
 impl<M: Memory> Fabric<M> {
     /// Changes a QP's attributes and state. Before a transition to RESET or ERR the caller made sure that no
-    /// direct peer executes on it ([`Fabric::seize`]).
+    /// direct peer executes on it ([`Fabric::seize`]), and before RESET that it is not busy ([`Fabric::is_busy`]).
     ///
     /// # Errors
     /// ENOENT without such a QP; the errno of what the state table refuses.
@@ -157,6 +157,10 @@ impl<M: Memory> Fabric<M> {
         self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
         qp.responder.set_ring_me(true);
+        if qp.busy > 0 {
+            // What comes back flushed is not written to any more: the end of the access has another turn.
+            return;
+        }
         let more_sends = holds && qp.requester.flush();
         let more_receives = receives && qp.responder.flush();
         if more_sends || more_receives {
@@ -176,6 +180,9 @@ impl<M: Memory> Fabric<M> {
     /// The error of an unreliable QP's send queue: receives go on.
     pub(super) fn fail_sends(&mut self, at: usize) {
         self.set_state(at, QpState::Sqe);
+        if self.qps[at].as_ref().is_some_and(|qp| qp.busy > 0) {
+            return;
+        }
         if self.qps[at].as_mut().is_some_and(|qp| qp.requester.flush()) {
             self.schedule.enqueue(at);
         }

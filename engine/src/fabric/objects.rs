@@ -99,6 +99,8 @@ impl<M: Memory> Fabric<M> {
 
         let attr =
             QpAttr { cap: create.cap, path_mig_state: MigState::Migrated.value(), ..QpAttr::default() };
+        let mut responder = Responder::new(qp_type, create.pd, area.clone(), receives).numbered(qpn);
+        responder.set_inbox(Arc::clone(&client.inboxes));
         let qp = Qp {
             qpn,
             owner,
@@ -110,14 +112,15 @@ impl<M: Memory> Fabric<M> {
             rings: [send_slot, recv_slot],
             attr,
             state: QpState::Reset,
-            requester: Requester::new(qpn, qp_type, create.pd, area.clone(), sends),
-            responder: Responder::new(qp_type, create.pd, area, receives).numbered(qpn),
+            requester: Requester::new(qpn, qp_type, create.pd, area, sends),
+            responder,
             waiting: None,
             draining: None,
             peer: None,
             direct: None,
             attached: Vec::new(),
             held: true,
+            busy: 0,
         };
         if at == self.qps.len() {
             self.qps.push(None);
@@ -144,7 +147,7 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Removes a QP; returns where it lay. Pending work is dropped without completions. The caller made sure
-    /// that no direct peer executes on it ([`Fabric::seize`]).
+    /// that no direct peer executes on it ([`Fabric::seize`]) and that it is not busy ([`Fabric::is_busy`]).
     ///
     /// # Errors
     /// ENOENT without such a QP.

@@ -7,6 +7,7 @@ use verbs_abi::{
 
 use super::{
     Fabric, Qp,
+    access::Half,
     schedule::{QUANTUM, WORK},
     shared::counterpart,
 };
@@ -171,6 +172,9 @@ impl<M: Memory> Fabric<M> {
             self.fail_all(at);
             return false;
         }
+        if self.qps[at].as_ref().is_some_and(|qp| qp.responder.has_parcels()) {
+            self.deliver(at);
+        }
         if !self.may_serve(at) {
             if self.is_wanted(at) {
                 self.look_again(at);
@@ -252,6 +256,11 @@ impl<M: Memory> Fabric<M> {
                         return Turn::Waiting;
                     }
                 }
+                Attempt::Foreign(until) => {
+                    self.launch(at, Half::Requester);
+                    self.set_waiting(at, until);
+                    return Turn::Waiting;
+                }
                 Attempt::Failed { peer_failed, peer_event } => {
                     self.set_failed(at, peer_failed.then_some(peer_event));
                     return Turn::Failed;
@@ -289,12 +298,17 @@ impl<M: Memory> Fabric<M> {
         });
         let attempt = requester.attempt_datagram(&local.memory, &sgid, qkey, peer);
         self.heed(peer_at);
+        if let Some(peer_at) = peer_at
+            && self.qps[peer_at].as_ref().is_some_and(|peer| peer.responder.has_parcels())
+        {
+            self.schedule.enqueue(peer_at);
+        }
         attempt
     }
 
     /// Acts on what the responder of a request noticed beside it.
     #[inline]
-    fn heed(&mut self, peer_at: Option<usize>) {
+    pub(super) fn heed(&mut self, peer_at: Option<usize>) {
         let Some(at) = peer_at else { return };
         let Some(qp) = self.qps[at].as_mut() else { return };
         let notice = qp.responder.take_notice();
@@ -322,12 +336,17 @@ impl<M: Memory> Fabric<M> {
                 return false;
             }
         }
-        let Some(qp) = self.qps[at].as_mut() else { return true };
+        self.set_waiting(at, until);
+        true
+    }
+
+    /// A QP has no turn until then, or until something ends its wait.
+    fn set_waiting(&mut self, at: usize, until: Option<u64>) {
+        let Some(qp) = self.qps[at].as_mut() else { return };
         qp.waiting = Some(until);
         if let Some(when) = until {
             self.schedule.set_timer(when, at);
         }
-        true
     }
 
     /// The send queue met an error; a peer that sent a NAK is in error, too, and may raise an event.

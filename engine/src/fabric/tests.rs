@@ -20,10 +20,11 @@ use verbs_abi::{
 };
 
 use super::*;
-use crate::{Attempt, Fault, Fetch, MemoryWindow, completion::Completions};
+use crate::{Access, Attempt, Fault, Fetch, Foreign, MemoryWindow, completion::Completions};
 
 mod drain;
 mod fairness;
+mod foreign;
 mod hostile;
 mod isolation;
 mod property;
@@ -88,7 +89,9 @@ impl Memory for TestMemory {
     fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {
         !self.moved_only || addr >= mr.shared_start && addr + len <= mr.shared_end
     }
+}
 
+impl Foreign for TestMemory {
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), Fault> {
         if self.unreachable {
             return Err(Fault);
@@ -344,14 +347,33 @@ fn events(app: &mut App) -> Vec<EventType> {
         .collect()
 }
 
+/// Lets the fabric come to rest, with all accesses to foreign memory performed.
 fn turn(fabric: &mut Fabric<TestMemory>, now: u64) {
-    fabric.collect();
     for _ in 0..1000 {
-        if !fabric.run(now) {
+        let accesses = turn_without_accesses(fabric, now);
+        if accesses.is_empty() {
             return;
         }
+        for access in accesses {
+            perform(fabric, access);
+        }
     }
-    panic!("the fabric never comes to rest");
+    panic!("there is no end of accesses");
+}
+
+/// Lets the fabric come to rest but for the accesses that it gives out.
+fn turn_without_accesses(fabric: &mut Fabric<TestMemory>, now: u64) -> Vec<Access> {
+    fabric.collect();
+    assert!((0..1000).any(|_| !fabric.run(now)), "the fabric never comes to rest");
+    std::iter::from_fn(|| fabric.next_access()).collect()
+}
+
+/// What the host does with an access.
+fn perform(fabric: &mut Fabric<TestMemory>, mut access: Access) {
+    if let Some(memory) = fabric.memory_mut(access.client()) {
+        access.perform(memory);
+    }
+    fabric.finish(access);
 }
 
 fn send(opcode: Opcode, sge: Sge) -> SendWqe {
@@ -677,8 +699,8 @@ impl Owner {
             )
             .in_owners_seat(),
             peer: Responder::new(QpType::Rc, PD, peer.area.clone(), completions(peer, &peer.area.rq_cqes, 1)),
-            own: memory(app.client),
-            other: memory(peer.client),
+            own: mapped_whole(memory(app.client)),
+            other: mapped_whole(memory(peer.client)),
         }
     }
 
@@ -704,6 +726,14 @@ impl Owner {
         seat.leave();
         true
     }
+}
+
+/// The same memory where a seat maps all of it.
+fn mapped_whole(mut memory: TestMemory) -> TestMemory {
+    for mr in &mut memory.table {
+        (mr.shared_start, mr.shared_end) = (mr.addr, mr.addr + mr.len);
+    }
+    memory
 }
 
 fn direct_pair() -> (Fabric<TestMemory>, App, App) {

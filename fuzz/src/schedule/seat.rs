@@ -4,7 +4,7 @@
 
 use std::{ptr::NonNull, sync::atomic::Ordering};
 
-use engine::{Attempt, CompletionQueue, Completions, Fault, Fetch, Memory, Requester, Responder, SLICE};
+use engine::{Attempt, CompletionQueue, Completions, Fetch, Memory, Requester, Responder, SLICE};
 use verbs_abi::{
     proto::DirectPeer,
     shm::{cq::CqArea, cqe::CompletionWriter, mr_table::MrEntry, queue::QueueArea, wqe::SendWqe},
@@ -48,14 +48,6 @@ impl Memory for View {
             Self::Own(_) => true,
             Self::Peer(_) => addr >= mr.shared_start && addr + len <= mr.shared_end,
         }
-    }
-
-    fn read(&self, addr: u64, _: &mut [u8]) -> Result<(), Fault> {
-        panic!("an owner reads {addr:#x} by a call");
-    }
-
-    fn write(&self, addr: u64, _: &[u8]) -> Result<(), Fault> {
-        panic!("an owner writes {addr:#x} by a call");
     }
 }
 
@@ -115,7 +107,7 @@ impl SendQueue {
                     self.turn = Some(Turn::Parked);
                     return;
                 }
-                Attempt::Unfinished | Attempt::Wait(_) => {
+                Attempt::Unfinished | Attempt::Wait(_) | Attempt::Foreign(_) => {
                     seat.requester.withdraw(&mut self.wqe);
                     self.turn = Some(Turn::Parked);
                 }

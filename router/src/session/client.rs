@@ -24,6 +24,7 @@ use crate::{
     arena::Arena,
     bell::{EventBell, Ringer},
     claims::Claims,
+    helper::{Helper, ProcessMemory},
     identity::Peer,
     lane::Lane,
     memory::ClientMemory,
@@ -75,8 +76,8 @@ pub(crate) struct Client {
     pub(super) region: Region,
     command: String,
     mode: Mode,
-    /// Whether memory that is not shared can be reached.
-    pub(super) reaches_process: bool,
+    /// The memory of its process, by which what is not shared is reached, and whether a helper does so already.
+    process: Option<(Arc<ProcessMemory>, bool)>,
     gids: Gids,
     /// What uses each PD.
     pub(super) pds: HashMap<u32, u32>,
@@ -130,8 +131,7 @@ impl Client {
         let mut fds = hello.fds.into_iter();
         let bell = fds.next().and_then(|file| EventBell::new(file, &terms.ringer));
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;
-        let process = peer.memory(fds.next());
-        let reaches_process = process.is_some();
+        let process = peer.memory(fds.next()).map(|file| (Arc::new(ProcessMemory::new(file)), false));
         let mode = tenant.mode(hello.mode);
         let made = || -> io::Result<_> { Ok((Arena::new()?, Region::new()?)) };
         let (arena, region) = made().map_err(|error| errno(&error))?;
@@ -139,7 +139,7 @@ impl Client {
         let fixed = arena.fixed();
         let parts = || Some((Doorbells::new(fixed)?, EventWriter::new(fixed)?, MrTable::new(fixed)?));
         let (doorbells, events, table) = parts().ok_or(Errno::NOMEM.raw_os_error())?;
-        let memory = ClientMemory::new(table, process);
+        let memory = ClientMemory::new(table);
         let init = ClientInit {
             tenant: tenant.index,
             mode,
@@ -165,7 +165,7 @@ impl Client {
             region,
             command: peer.command(),
             mode,
-            reaches_process,
+            process,
             gids,
             pds: HashMap::new(),
             channels: HashMap::new(),
@@ -246,6 +246,26 @@ impl Client {
             let table = self.gids.table().to_vec();
             self.lane.with(|fabric| fabric.set_gids(self.id, table));
         }
+    }
+
+    /// Whether memory that is not shared can be reached.
+    pub(super) fn reaches_process(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Starts the helper, unless there is one or it would reach nothing.
+    pub(super) fn need_helper(&mut self) -> Result<(), i32> {
+        if let Some((memory, started @ false)) = &mut self.process {
+            let helper = Helper::start(Arc::clone(memory), self.lane.way_back().clone());
+            let helper = helper.map_err(|_| Errno::NOMEM.raw_os_error())?;
+            *started = true;
+            self.lane.with(|fabric| {
+                if let Some(memory) = fabric.memory_mut(self.id) {
+                    memory.set_helper(helper);
+                }
+            });
+        }
+        Ok(())
     }
 
     fn alloc_pd(&mut self) -> Reply {

@@ -32,6 +32,10 @@ pub(crate) use manager::CmClient;
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long at most, where that peer makes progress on a busy machine.
 const MOST_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a put-off reply is looked at in that time.
+const SOON: Duration = Duration::from_millis(1);
+/// How often it is looked at afterwards, when it waits for page faults of the client's own.
+const SELDOM: Duration = Duration::from_millis(50);
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +78,15 @@ pub(crate) enum Step {
     Later,
 }
 
+/// A request whose reply is put off.
+#[derive(Debug)]
+struct Pending {
+    request: Request,
+    since: Instant,
+    /// When to look again.
+    next: Instant,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -85,8 +98,8 @@ pub(crate) struct Session {
     client: Option<Client>,
     /// The event channels, if it uses the connection manager in place of a device.
     manager: Option<CmClient>,
-    /// A request whose reply is put off, and since when.
-    pending: Option<(Request, Instant)>,
+    /// A request whose reply is put off.
+    pending: Option<Pending>,
 }
 
 impl Session {
@@ -197,22 +210,35 @@ impl Session {
         };
         let step = client.answer(&request, fds, &self.peer, false);
         if matches!(step, Step::Later) {
-            self.pending = Some((request, Instant::now()));
+            let now = Instant::now();
+            self.pending = Some(Pending { request, since: now, next: now + SOON });
         }
         Ok(step)
     }
 
-    /// Tries the request that was put off again; its time is bounded, whatever the other end does. `is_at_work` tells
-    /// of a client whether its process makes progress.
+    /// When to call [`Self::resume`], if a request was put off.
+    pub(crate) fn next_look(&self) -> Option<Instant> {
+        self.pending.as_ref().map(|pending| pending.next)
+    }
+
+    /// Tries the request that was put off again, if it is time; others are waited for in bounded time, whatever they
+    /// do, and the client's own page faults as long as they take. `is_at_work` tells of a client whether its process
+    /// makes progress.
     pub(crate) fn resume(&mut self, is_at_work: impl Fn(u32) -> bool) -> Option<Step> {
-        let (request, since) = self.pending.take()?;
+        let now = Instant::now();
+        let pending = self.pending.take()?;
+        if now < pending.next {
+            self.pending = Some(pending);
+            return Some(Step::Later);
+        }
         let client = self.client.as_mut()?;
-        let waited = since.elapsed();
+        let waited = pending.since.elapsed();
         let last =
             waited >= MOST_PATIENCE || waited >= PATIENCE && !client.held_up_by().into_iter().any(is_at_work);
-        let step = client.answer(&request, Vec::new(), &self.peer, last);
+        let step = client.answer(&pending.request, Vec::new(), &self.peer, last);
         if matches!(step, Step::Later) {
-            self.pending = Some((request, since));
+            let next = now + if last { SELDOM } else { SOON };
+            self.pending = Some(Pending { next, ..pending });
         }
         Some(step)
     }

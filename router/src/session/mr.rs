@@ -25,6 +25,10 @@ pub(super) struct Mr {
     mapped: Option<Range<u64>>,
     /// It became something else, and somebody may still use what it was: the part of that that is mapped.
     former: Option<Option<Range<u64>>>,
+    /// Whether some of it is reached by a helper.
+    foreign: bool,
+    /// While it ends or becomes something else: the mark behind the last access that may name what it was.
+    mark: Option<u64>,
 }
 
 /// The shared part of a region, as it is mapped here.
@@ -54,8 +58,10 @@ impl Client {
             }
         };
         let mapped = self.enter(key, &reg, mapped);
+        let foreign = is_foreign(mapped.as_ref(), &reg);
         self.use_pd(reg.pd, true);
-        self.mrs.insert(key, Mr { pd: reg.pd, bytes: weight(&reg), mapped, former: None });
+        let mr = Mr { pd: reg.pd, bytes: weight(&reg), mapped, former: None, foreign, mark: None };
+        self.mrs.insert(key, mr);
         Ok(Answer::Mr { key })
     }
 
@@ -71,10 +77,14 @@ impl Client {
         if !is_changed && let Err(errno) = self.change_mr(key, reg) {
             return Step::Done(Err(errno));
         }
-        if !self.lane.with(|fabric| fabric.is_quiet(self.id)) && !last {
+        if !self.is_unused(key, last) {
             return Step::Later;
         }
-        if let Some(former) = self.mrs.get_mut(&key).and_then(|mr| mr.former.take()).flatten() {
+        let former = self.mrs.get_mut(&key).and_then(|mr| {
+            mr.mark = None;
+            mr.former.take().flatten()
+        });
+        if let Some(former) = former {
             self.region.release(&former);
         }
         Step::Done(Ok(Answer::Done))
@@ -104,6 +114,8 @@ impl Client {
         self.use_pd(reg.pd, true);
         self.use_pd(old_pd, false);
         if let Some(mr) = self.mrs.get_mut(&key) {
+            // What it was counts until nobody uses that.
+            mr.foreign |= is_foreign(mapped.as_ref(), &reg);
             mr.former = Some(std::mem::replace(&mut mr.mapped, mapped));
             (mr.pd, mr.bytes) = (reg.pd, weight(&reg));
         }
@@ -115,7 +127,7 @@ impl Client {
         if !self.pds.contains_key(&reg.pd) {
             return Err(Errno::INVAL.raw_os_error());
         }
-        if reg.access & AccessFlags::ON_DEMAND.bits() != 0 && !self.reaches_process {
+        if reg.access & AccessFlags::ON_DEMAND.bits() != 0 && !self.reaches_process() {
             return Err(Errno::OPNOTSUPP.raw_os_error());
         }
         Ok(())
@@ -124,13 +136,17 @@ impl Client {
     /// Maps the part of a region that was moved to the region memfd.
     fn map_shared(&mut self, reg: &RegMr) -> Result<Mapped, i32> {
         let shared = reg.shared_start..reg.shared_end;
+        if is_foreign(Some(&shared), reg) {
+            self.need_helper()?;
+        }
         if shared.is_empty() {
             return Ok(None);
         }
         match self.region.view(&shared) {
             Ok(window) => Ok(Some((shared, window))),
             // The same bytes, reached the slow way.
-            Err(error) if self.reaches_process => {
+            Err(error) if self.reaches_process() => {
+                self.need_helper()?;
                 unmapped(self.id, &shared, &error);
                 Ok(None)
             }
@@ -157,19 +173,20 @@ impl Client {
         if !self.mrs.contains_key(&key) {
             return Step::Done(Err(Errno::INVAL.raw_os_error()));
         }
-        let quiet = self.lane.with(|fabric| {
+        let free = self.lane.with(|fabric| {
             if let Some(memory) = fabric.memory_mut(self.id) {
                 if memory.is_bound(key) {
                     return None;
                 }
                 memory.remove(key);
             }
-            Some(fabric.is_quiet(self.id))
+            Some(())
         });
-        match quiet {
-            None => return Step::Done(Err(Errno::BUSY.raw_os_error())),
-            Some(false) if !last => return Step::Later,
-            Some(_) => {}
+        if free.is_none() {
+            return Step::Done(Err(Errno::BUSY.raw_os_error()));
+        }
+        if !self.is_unused(key, last) {
+            return Step::Later;
         }
         if let Some(mr) = self.mrs.remove(&key) {
             for mapped in mr.mapped.iter().chain(mr.former.iter().flatten()) {
@@ -181,6 +198,22 @@ impl Client {
         }
         Step::Done(Ok(Answer::Done))
     }
+
+    /// Whether nobody uses any more what a key named until a moment ago. A direct peer is waited for only so long
+    /// (`last`); a page fault of the client's own takes as long as it takes.
+    fn is_unused(&mut self, key: u32, last: bool) -> bool {
+        let Some(mr) = self.mrs.get_mut(&key) else { return true };
+        let (quiet, ended) = self.lane.with(|fabric| {
+            let mark = *mr.mark.get_or_insert_with(|| fabric.access_mark(self.id));
+            (fabric.is_quiet(self.id), !mr.foreign || fabric.has_passed(self.id, mark))
+        });
+        ended && (quiet || last)
+    }
+}
+
+/// Whether some of a region lies outside of the part that is mapped.
+fn is_foreign(mapped: Option<&Range<u64>>, reg: &RegMr) -> bool {
+    mapped.is_none_or(|mapped| mapped.start > reg.addr || mapped.end < reg.addr.saturating_add(reg.len))
 }
 
 /// The bytes that a region counts for: one whose pages are found at each access holds none.

@@ -141,9 +141,11 @@ impl Client {
         }
         let ends = mask & QpAttrMask::STATE.bits() != 0
             && [QpState::Reset.value(), QpState::Err.value()].contains(&attr.qp_state);
+        let resets = ends && attr.qp_state == QpState::Reset.value();
         let modified = self.lane.with(|fabric| {
             let free = !ends || fabric.seize(self.id, qpn);
-            (free || last).then(|| fabric.modify_qp(self.id, qpn, mask, attr))
+            let busy = resets && fabric.is_busy(self.id, qpn);
+            (!busy && (free || last)).then(|| fabric.modify_qp(self.id, qpn, mask, attr))
         });
         match modified {
             None => Step::Later,
@@ -168,7 +170,8 @@ impl Client {
         }
         let (free, destroyed) = self.lane.with(|fabric| {
             let free = fabric.seize(self.id, qpn);
-            (free, (free || last).then(|| fabric.destroy_qp(self.id, qpn)))
+            let busy = fabric.is_busy(self.id, qpn);
+            (free, (!busy && (free || last)).then(|| fabric.destroy_qp(self.id, qpn)))
         });
         match destroyed {
             None => return Step::Later,

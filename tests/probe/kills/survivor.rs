@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use verbs_abi::ffi::*;
 
 use super::{
-    CONNECT, Card, FINISH, GIVE_UP, MAKE, Socket, Start, Tally,
+    CONNECT, FINISH, GIVE_UP, MAKE, Start, Tally,
     traffic::{
         ADD_EVERY, COUNTER, FOUND, Kind, LATCH, RECEIVE_AREA, RECEIVES, SLOT, TEXT, WRITE_AREA, adds_up_to,
         compose, kind, length, recognise, slot,
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     cq::{Wc, status_name},
+    family::{Card, Socket},
     pair::{End, Setup},
     qp::{Qp, QpInit, Send},
     verbs::Context,

@@ -5,15 +5,13 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, Result, ensure};
 use verbs_abi::ffi::*;
 
-use super::{
-    Card, Socket,
-    traffic::{
-        ADD_EVERY, COUNTER, FOUND, Kind, LEN, SEND_AREA, TEXT, WRITE_AREA, adds_up_to, compose, kind, length,
-        recognise, slot,
-    },
+use super::traffic::{
+    ADD_EVERY, COUNTER, FOUND, Kind, LEN, SEND_AREA, TEXT, WRITE_AREA, adds_up_to, compose, kind, length,
+    recognise, slot,
 };
 use crate::{
     cq::Wc,
+    family::{Card, Socket},
     pair::{End, Setup},
     qp::Send,
 };
