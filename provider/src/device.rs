@@ -343,6 +343,9 @@ unsafe fn discard(verbs: &Verbs, raw: *mut c_void) {
 }
 
 #[cfg(test)]
+mod release_55;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

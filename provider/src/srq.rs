@@ -26,7 +26,7 @@ use crate::pd::Pd;
 use crate::post;
 
 /// What later releases have appended to `ibv_srq`, with room to spare.
-const ROOM: usize = 8;
+pub(crate) const ROOM: usize = 8;
 
 /// An SRQ as C sees it.
 #[repr(C)]

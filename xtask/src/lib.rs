@@ -8,6 +8,7 @@
 
 pub mod bed;
 pub mod conformance;
+pub mod headers;
 pub mod interrupt;
 pub mod matrix;
 pub mod netns;

@@ -12,12 +12,13 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::{command, has_program, run};
+use crate::{
+    headers::source_of_release_55,
+    process::{command, has_program, run},
+};
 
 /// The Python of Debian, for which its pyverbs is built.
 const DEBIAN_PYTHON: &str = "/usr/bin/python3";
-/// The crate whose archive holds the sources of rdma-core 55.
-const SOURCE_CRATE: (&str, &str) = ("ibverbs-sys", "0.3.2+55.0");
 /// What compiles pyverbs.
 const CYTHON: &str = "cython==3.0.12";
 const FETCH_LIMIT: Duration = Duration::from_secs(10 * 60);
@@ -129,7 +130,7 @@ fn prepare_source(home: &Path) -> Result<Tests> {
     }
     println!("Building rdma-core's pyverbs of release 55, once ...");
     let room = fresh(home)?;
-    copy_source(&crate_source(&room)?, &room.join("source"))?;
+    copy_source(&source_of_release_55()?, &room.join("source"))?;
     replace(&room.join("source"), &source)?;
     fs::remove_dir_all(&room)?;
     let base = if Path::new("/usr/include/python3.11/Python.h").exists() { DEBIAN_PYTHON } else { "python3" };
@@ -152,27 +153,6 @@ fn prepare_source(home: &Path) -> Result<Tests> {
 fn in_folder(mut command: std::process::Command, folder: &Path, path: &str) -> std::process::Command {
     command.current_dir(folder).env("PATH", path);
     command
-}
-
-/// Where cargo keeps the sources of the crate; fetched if they are not there.
-fn crate_source(room: &Path) -> Result<PathBuf> {
-    let (name, version) = SOURCE_CRATE;
-    let package = room.join("fetch");
-    fs::create_dir_all(package.join("src"))?;
-    fs::write(package.join("src/lib.rs"), "")?;
-    let manifest = format!(
-        "[package]\nname = \"fetch\"\nversion = \"0.0.0\"\nedition = \"2021\"\n[dependencies]\n\
-         {name} = \"={version}\"\n[workspace]\n"
-    );
-    fs::write(package.join("Cargo.toml"), manifest)?;
-    let mut metadata = command(["cargo", "metadata", "--format-version", "1"]);
-    metadata.current_dir(&package);
-    let outcome = run(metadata, FETCH_LIMIT)?;
-    let metadata: serde_json::Value = serde_json::from_str(&outcome.stdout)?;
-    let mut packages = metadata["packages"].as_array().into_iter().flatten();
-    let found = packages.find(|package| package["name"] == name).context("cargo knows no such crate")?;
-    let manifest = found["manifest_path"].as_str().context("cargo names no manifest")?;
-    Ok(Path::new(manifest).parent().unwrap_or(Path::new("/")).join("vendor/rdma-core"))
 }
 
 /// Copies the sources: cargo's own are shared and stay as they are.
