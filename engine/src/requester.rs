@@ -5,12 +5,12 @@
 
 mod access;
 mod at_once;
+mod datagram;
 mod execute;
 
 use std::sync::atomic::Ordering;
 
 use verbs_abi::{
-    proto::Gid,
     shm::{
         cqe::Cqe,
         queue::QueueArea,
@@ -292,40 +292,6 @@ impl Requester {
             header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
         }
         attempt
-    }
-
-    /// Sends the fetched datagram to `peer`, or into the void. `qkey` is the QP's own Q_Key.
-    pub(crate) fn attempt_datagram<M: Memory>(
-        &mut self,
-        local: &M,
-        sgid: &Gid,
-        qkey: u32,
-        peer: Option<(&mut Responder, &M)>,
-    ) -> Attempt {
-        if self.stage.in_flight() {
-            return Attempt::Foreign(None);
-        }
-        let opcode = match self.check(local) {
-            Ok(opcode) => opcode,
-            Err(status) => return self.fail(status, false, None),
-        };
-        if self.wqe.address.qkey & OWN_QKEY != 0 {
-            self.wqe.address.qkey = qkey;
-        }
-        let length = self.wqe.length();
-        let mut stage = std::mem::take(&mut self.stage);
-        let reply = peer.map(|(responder, remote)| {
-            let request = self.request(opcode, local, u64::MAX);
-            responder.datagram(remote, &request, sgid, &self.wqe.address, &mut stage)
-        });
-        self.stage = stage;
-        match reply {
-            Some(Reply::SourceFault) => return self.fail(WcStatus::LocProtErr, false, None),
-            Some(Reply::Foreign) => return Attempt::Foreign(None),
-            _ => {}
-        }
-        self.succeed(opcode, length);
-        Attempt::Done
     }
 
     /// Whether the WQE at the head was begun: in SQD it is still brought to its end.

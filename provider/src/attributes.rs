@@ -72,6 +72,9 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     // Atomics are executed by the processor's own, so they are atomic towards its loads and stores, too.
     attr.atomic_cap = ffi::IBV_ATOMIC_GLOB;
     attr.max_ah = i32::MAX;
+    attr.max_mcast_grp = limit(welcome.limits.max_mcast);
+    attr.max_mcast_qp_attach = attr.max_qp;
+    attr.max_total_mcast_qp_attach = attr.max_mcast_grp;
     attr.max_pkeys = 1;
     attr.local_ca_ack_delay = 15;
     attr.phys_port_cnt = 1;

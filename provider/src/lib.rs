@@ -23,6 +23,7 @@ mod health;
 mod hooks;
 mod lock;
 mod log;
+mod mcast;
 pub mod memory;
 mod mr;
 mod mw;

@@ -9,7 +9,7 @@ use verbs_abi::ffi::{
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::{ah, attributes, cq, cq_ex, device, dm, mr, mw, on_demand, pd, post, qp, qp_create, srq};
+use crate::{ah, attributes, cq, cq_ex, device, dm, mcast, mr, mw, on_demand, pd, post, qp, qp_create, srq};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
@@ -21,6 +21,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::AllocParentDomain => pd::alloc_parent_domain as *const (),
         Op::AllocPd => pd::alloc as *const (),
         Op::AllocTd => pd::alloc_td as *const (),
+        Op::AttachMcast => mcast::attach as *const (),
         Op::BindMw => mw::bind as *const (),
         Op::CloseXrcd => srq::close_xrcd as *const (),
         Op::CreateAh => ah::create as *const (),
@@ -34,6 +35,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::DeallocPd => pd::dealloc as *const (),
         Op::DeallocTd => pd::dealloc_td as *const (),
         Op::DeregMr => mr::deregister as *const (),
+        Op::DetachMcast => mcast::detach as *const (),
         Op::DestroyAh => ah::destroy as *const (),
         Op::DestroyCq => cq::destroy as *const (),
         Op::DestroyQp => qp::destroy as *const (),

@@ -1,13 +1,14 @@
 //! Queue pairs: modified, asked and destroyed. They are made in [`crate::qp_create`]; posting is in [`crate::post`],
 //! taking completions in [`crate::poll`].
 
+use std::collections::BTreeSet;
 use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{ibv_qp, ibv_qp_attr, ibv_qp_init_attr};
-use verbs_abi::proto::{Answer, QpAttr, QpCap, Request};
+use verbs_abi::proto::{Answer, Gid, QpAttr, QpCap, Request};
 use verbs_abi::qp_attr;
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
 use verbs_abi::shm::queue::QueueArea;
@@ -21,6 +22,7 @@ use crate::direct::Seat;
 use crate::event;
 use crate::lock::Lock;
 use crate::log::{self, Level};
+use crate::mcast;
 use crate::pd::Pd;
 use crate::poll::Side;
 use crate::post::{RecvQueue, SendQueue};
@@ -63,6 +65,8 @@ pub(crate) struct Qp {
     /// The CQs, and its rings' slots in them; none for what an XRC QP lacks.
     pub(crate) send_cq: Option<(Arc<Cq>, u32)>,
     pub(crate) recv_cq: Option<(Arc<Cq>, u32)>,
+    /// The multicast groups that it is attached to.
+    pub(crate) groups: Lock<BTreeSet<Gid>>,
 }
 
 /// What a QP was created for.
@@ -274,6 +278,9 @@ pub(crate) unsafe extern "C" fn destroy(qp: *mut ibv_qp) -> c_int {
         // SAFETY: libibverbs passes a live QP of ours, whose context is open.
         let (device, own) = unsafe { (device::state((*qp).context), Arc::clone(Qp::of(qp))) };
         device.health().check_owner()?;
+        if mcast::is_attached(&own) {
+            return Err(Errno::BUSY);
+        }
         // First, since afterwards the router may give the rings' slots to another QP.
         own.detach();
         own.send.lock().seat = None;

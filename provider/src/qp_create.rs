@@ -1,5 +1,6 @@
 //! Making a QP: what is asked for is checked, the router makes it, and C is shown the object.
 
+use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
@@ -254,6 +255,7 @@ pub(crate) fn build(
         srq: parts.srq,
         send_cq: parts.send_cq.map(|cq| (cq, given.send_slot)),
         recv_cq: parts.recv_cq.map(|cq| (cq, given.recv_slot)),
+        groups: Lock::new(BTreeSet::new()),
     });
     for (cq, side) in [(&qp.send_cq, Side::Send), (&qp.recv_cq, Side::Recv)] {
         if let Some((cq, slot)) = cq {

@@ -26,9 +26,11 @@ pub(crate) enum Resource {
     Memory,
     /// Bytes of queues.
     Queues,
+    /// Attachments to multicast groups.
+    Multicast,
 }
 
-const KINDS: usize = Resource::Queues as usize + 1;
+const KINDS: usize = Resource::Multicast as usize + 1;
 
 /// What somebody holds. What is left when this ends is the tenant's again.
 #[derive(Debug)]
@@ -51,6 +53,7 @@ impl Account {
             (Resource::Mrs, u64::from(limits.mrs)),
             (Resource::Memory, limits.memory),
             (Resource::Queues, limits.queues),
+            (Resource::Multicast, u64::from(limits.multicast)),
         ] {
             account.limit(resource, limit);
         }

@@ -71,6 +71,8 @@ pub struct Limits {
     /// Shared memory of one client's QPs and CQs in bytes.
     #[serde(deserialize_with = "bytes")]
     pub queues: u64,
+    /// Attachments of one client's QPs to multicast groups.
+    pub multicast: u32,
     /// Ids of rdma_cm of one process; a tenant has sixteen times as many. librdmacm itself ends at 65,536.
     pub cm_ids: u32,
 }
@@ -101,6 +103,7 @@ impl Default for Limits {
             pds: 4096,
             channels: 1024,
             queues: arena::ARENA_LEN as u64,
+            multicast: 4096,
             cm_ids: 16_384,
         }
     }
@@ -207,6 +210,7 @@ impl Limits {
             ("pds", u64::from(self.pds)),
             ("channels", u64::from(self.channels)),
             ("queues", self.queues),
+            ("multicast", u64::from(self.multicast)),
             ("cm_ids", u64::from(self.cm_ids)),
         ];
         let zero = quotas.iter().find(|(_, value)| *value == 0);
@@ -269,7 +273,7 @@ mod tests {
         let config = parse(
             "socket = '/run/x.sock'\nsocket_mode = '0660'\nlanes = 2\nidle_exit = 30\nlog = 'debug'\n\
              direct = false\n[limits]\nclients = 1\nqps = 2\ncqs = 3\nmrs = 4\nmemory = '64GiB'\n\
-             pds = 5\nchannels = 6\nqueues = '7KiB'\ncm_ids = 8",
+             pds = 5\nchannels = 6\nqueues = '7KiB'\ncm_ids = 8\nmulticast = 9",
         )
         .unwrap();
         assert_eq!(config.socket.as_deref(), Some(Path::new("/run/x.sock")));
@@ -287,6 +291,7 @@ mod tests {
             channels: 6,
             queues: 7 << 10,
             cm_ids: 8,
+            multicast: 9,
         };
         assert_eq!(config.limits, limits);
     }

@@ -158,6 +158,7 @@ impl Tenant {
             max_mr_size: self.limits.memory,
             max_pd: self.limits.pds,
             max_cqe: MAX_CQE,
+            max_mcast: self.limits.multicast,
         }
     }
 

@@ -37,6 +37,8 @@ pub(crate) fn requests() -> Vec<(&'static str, Request)> {
         ("CreateQp", Request::CreateQp(create_qp(300, 300, QpType::Rc))),
         ("ModifyQp", Request::ModifyQp { qpn: 300, mask: 1, attr: QpAttr::default() }),
         ("QueryQp", Request::QueryQp { qpn: 300 }),
+        ("AttachMcast", Request::AttachMcast { qpn: 300, group: [0xff; 16] }),
+        ("DetachMcast", Request::DetachMcast { qpn: 300, group: [0xff; 16] }),
         ("DestroyQp", Request::DestroyQp { qpn: 300 }),
     ]
 }

@@ -68,6 +68,8 @@ library! {
     ibv_modify_qp: fn(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
     ibv_query_qp: fn(*mut ibv_qp, *mut ibv_qp_attr, c_int, *mut ibv_qp_init_attr) -> c_int;
     ibv_destroy_qp: fn(*mut ibv_qp) -> c_int;
+    ibv_attach_mcast: fn(*mut ibv_qp, *const ibv_gid, u16) -> c_int;
+    ibv_detach_mcast: fn(*mut ibv_qp, *const ibv_gid, u16) -> c_int;
     ibv_create_ah: fn(*mut ibv_pd, *mut ibv_ah_attr) -> *mut ibv_ah;
     ibv_init_ah_from_wc: fn(*mut ibv_context, u8, *mut ibv_wc, *mut ibv_grh, *mut ibv_ah_attr) -> c_int;
     ibv_destroy_ah: fn(*mut ibv_ah) -> c_int;

@@ -198,6 +198,29 @@ impl Qp {
         Ok(self.query()?.0.qp_state)
     }
 
+    /// Gets the datagrams of a multicast group from now on.
+    pub(crate) fn attach(&self, group: [u8; 16]) -> Result<(), Errno> {
+        let gid = ibv_gid { raw: group };
+        // SAFETY: the QP is alive, the GID is ours.
+        let code = unsafe { (library().ibv_attach_mcast)(self.raw.as_ptr(), &gid, 0) };
+        if code == 0 { Ok(()) } else { Err(Errno { verb: "ibv_attach_mcast", code }) }
+    }
+
+    /// Gets them no more.
+    pub(crate) fn detach(&self, group: [u8; 16]) -> Result<(), Errno> {
+        let gid = ibv_gid { raw: group };
+        // SAFETY: as above.
+        let code = unsafe { (library().ibv_detach_mcast)(self.raw.as_ptr(), &gid, 0) };
+        if code == 0 { Ok(()) } else { Err(Errno { verb: "ibv_detach_mcast", code }) }
+    }
+
+    /// Tries to end a QP that is in use.
+    pub(crate) fn try_destroy(&self) -> Result<(), Errno> {
+        // SAFETY: the QP is alive; where the call succeeds the test has failed and uses it no more.
+        let code = unsafe { (library().ibv_destroy_qp)(self.raw.as_ptr()) };
+        if code == 0 { Ok(()) } else { Err(Errno { verb: "ibv_destroy_qp", code }) }
+    }
+
     /// Posts one work request.
     pub(crate) fn send(&self, work: &Send<'_>) -> Result<()> {
         self.send_list(std::slice::from_ref(work))?;

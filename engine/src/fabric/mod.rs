@@ -6,7 +6,9 @@
 //! says there is more, then sleep until a doorbell, an access or [`Fabric::next_timer`].
 
 mod access;
+mod datagrams;
 mod direct;
+mod groups;
 mod modify;
 mod objects;
 mod run;
@@ -31,6 +33,7 @@ use verbs_abi::{
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
 
 use access::{Accesses, Counts};
+use groups::Groups;
 use schedule::Schedule;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
@@ -172,6 +175,8 @@ struct Qp {
     direct: Option<usize>,
     /// QPs whose owners may execute on this one's receive side.
     attached: Vec<usize>,
+    /// The multicast groups that it is attached to.
+    groups: BTreeSet<Gid>,
     /// Whether the router's halves are those that count (the seat is the router's and was resumed).
     held: bool,
     /// Accesses to its owner's memory that are under way for it.
@@ -192,6 +197,7 @@ pub struct Fabric<M> {
     /// XRC domains.
     domains: HashMap<u32, Domain>,
     next_domain: u32,
+    groups: Groups,
     schedule: Schedule,
     rung: Vec<usize>,
     rung_srqs: Vec<u32>,
@@ -221,6 +227,7 @@ impl<M: Memory> Fabric<M> {
             next_srqn: 1,
             domains: HashMap::new(),
             next_domain: 1,
+            groups: Groups::default(),
             schedule: Schedule::default(),
             rung: Vec::new(),
             rung_srqs: Vec::new(),

@@ -1,6 +1,6 @@
 //! CQs and QPs come and go.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use verbs_abi::{
     proto::{NewQp, QpAttr},
@@ -119,6 +119,7 @@ impl<M: Memory> Fabric<M> {
             peer: None,
             direct: None,
             attached: Vec::new(),
+            groups: BTreeSet::new(),
             held: true,
             busy: 0,
         };
@@ -150,9 +151,12 @@ impl<M: Memory> Fabric<M> {
     /// that no direct peer executes on it ([`Fabric::seize`]) and that it is not busy ([`Fabric::is_busy`]).
     ///
     /// # Errors
-    /// ENOENT without such a QP.
+    /// ENOENT without such a QP, EBUSY for one that is attached to a multicast group.
     pub fn destroy_qp(&mut self, client: u32, qpn: u32) -> Result<(u64, usize), i32> {
         let at = self.owned(client, qpn).ok_or(ENOENT)?;
+        if self.qps[at].as_ref().is_some_and(|qp| !qp.groups.is_empty()) {
+            return Err(EBUSY);
+        }
         self.remove_qp(at).ok_or(ENOENT)
     }
 
@@ -163,6 +167,7 @@ impl<M: Memory> Fabric<M> {
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);
         qp.responder.give_back();
+        self.leave_groups(qp.tenant, qp.qpn, &qp.groups);
         qp.create.srq.into_iter().for_each(|srq| self.leave_srq(at, srq));
         qp.create.xrcd.into_iter().for_each(|domain| self.leave_domain(at, domain));
         self.schedule.forget(at);

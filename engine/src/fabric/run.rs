@@ -231,8 +231,12 @@ impl<M: Memory> Fabric<M> {
     fn execute(&mut self, at: usize, now: u64, budget: &mut u64) -> Turn {
         while *budget >= WORK {
             let Some(qp) = self.qps[at].as_mut() else { return Turn::Empty };
-            if qp.state == QpState::Sqd && !qp.requester.has_begun() {
-                return Turn::Empty;
+            match qp.state {
+                QpState::Rts => {}
+                QpState::Sqd if qp.requester.has_begun() => {}
+                QpState::Sqd => return Turn::Empty,
+                // A datagram to itself that it could not receive.
+                _ => return Turn::Failed,
             }
             match qp.requester.fetch() {
                 Fetch::Empty => return Turn::Empty,
@@ -244,7 +248,7 @@ impl<M: Memory> Fabric<M> {
                 Fetch::Ready => {}
             }
             let attempt = match qp.requester.qp_type() {
-                QpType::Ud => self.send_datagram(at),
+                QpType::Ud => self.send_datagram(at, budget),
                 _ => self.attempt(at, now, budget),
             };
             *budget = budget.saturating_sub(WORK) / ALIGN * ALIGN;
@@ -282,27 +286,6 @@ impl<M: Memory> Fabric<M> {
         });
         let attempt = requester.attempt(&local.memory, peer, now, budget);
         self.heed(peer_at);
-        attempt
-    }
-
-    fn send_datagram(&mut self, at: usize) -> Attempt {
-        let peer_at = self.resolve_datagram(at);
-        let qkey = self.qps[at].as_ref().map_or(0, |qp| qp.attr.qkey);
-        let Some((requester, owner, peer)) = halves(&mut self.qps, at, peer_at) else {
-            return Attempt::Wait(None);
-        };
-        let Some(local) = self.clients[owner].as_ref() else { return Attempt::Wait(None) };
-        let sgid = local.gids.get(requester.address().sgid_index as usize).copied().unwrap_or_default();
-        let peer = peer.and_then(|(responder, owner)| {
-            self.clients[owner].as_ref().map(|client| (responder, &client.memory))
-        });
-        let attempt = requester.attempt_datagram(&local.memory, &sgid, qkey, peer);
-        self.heed(peer_at);
-        if let Some(peer_at) = peer_at
-            && self.qps[peer_at].as_ref().is_some_and(|peer| peer.responder.has_parcels())
-        {
-            self.schedule.enqueue(peer_at);
-        }
         attempt
     }
 
@@ -386,14 +369,6 @@ impl<M: Memory> Fabric<M> {
         found
     }
 
-    fn resolve_datagram(&self, at: usize) -> Option<usize> {
-        let qp = self.qps[at].as_ref()?;
-        let address = qp.requester.address();
-        let found = self.resolve(qp, address.qpn, &address.dgid)?;
-        let peer = self.qps[found].as_ref()?;
-        (peer.requester.qp_type() == QpType::Ud).then_some(found)
-    }
-
     /// The QP with that number at that address, if this one may meet it.
     pub(super) fn resolve(&self, qp: &Qp, qpn: u32, dgid: &Gid) -> Option<usize> {
         let found = *self.qpn_index.get(&qpn)?;
@@ -405,9 +380,9 @@ impl<M: Memory> Fabric<M> {
 }
 
 /// The requester of one QP with the responder of another (or its own), and their owners.
-type Halves<'a> = (&'a mut Requester, usize, Option<(&'a mut Responder, usize)>);
+pub(super) type Halves<'a> = (&'a mut Requester, usize, Option<(&'a mut Responder, usize)>);
 
-fn halves(qps: &mut [Option<Qp>], at: usize, peer_at: Option<usize>) -> Option<Halves<'_>> {
+pub(super) fn halves(qps: &mut [Option<Qp>], at: usize, peer_at: Option<usize>) -> Option<Halves<'_>> {
     match peer_at {
         Some(peer_at) if peer_at != at => {
             let [qp, peer] = qps.get_disjoint_mut([at, peer_at]).ok()?;

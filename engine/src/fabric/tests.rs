@@ -25,6 +25,7 @@ use crate::{Access, Attempt, Fault, Fetch, Foreign, MemoryWindow, completion::Co
 mod drain;
 mod fairness;
 mod foreign;
+mod groups;
 mod hostile;
 mod isolation;
 mod property;

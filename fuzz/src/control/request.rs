@@ -55,7 +55,7 @@ impl Handles {
     }
 
     pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
-        match input.u8() % 39 {
+        match input.u8() % 41 {
             0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
             1 => Request::Gids,
             2 => Request::AllocPd,
@@ -88,6 +88,8 @@ impl Handles {
             35 => Request::DestroySrq { srqn: one_of(&self.srqs, input) },
             36 => Request::OpenXrcd { creates: input.u8() & 1 == 0, exclusive: input.u8() & 1 == 0 },
             37 => Request::CloseXrcd { xrcd: one_of(&self.small, input) },
+            39 => Request::AttachMcast { qpn: one_of(&self.qps, input), group: group(input) },
+            40 => Request::DetachMcast { qpn: one_of(&self.qps, input), group: group(input) },
             19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },
             _ => Request::Status,
         }
@@ -241,6 +243,13 @@ fn address(input: &mut Input<'_>) -> Address {
         }),
         _ => Address::Ip(SocketAddr::new(ip, port)),
     }
+}
+
+/// One of few multicast groups, or an address that is none.
+fn group(input: &mut Input<'_>) -> Gid {
+    let mut group = Gid::default();
+    (group[0], group[15]) = (if input.u8() < 200 { 0xff } else { 0 }, input.u8() % 4);
+    group
 }
 
 fn private_data(input: &mut Input<'_>) -> Vec<u8> {

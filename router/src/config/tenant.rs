@@ -73,6 +73,8 @@ pub struct Overrides {
     pub pds: Option<u32>,
     /// Completion channels.
     pub channels: Option<u32>,
+    /// Attachments to multicast groups.
+    pub multicast: Option<u32>,
     /// Registered bytes.
     #[serde(deserialize_with = "some_bytes")]
     pub memory: Option<u64>,
@@ -94,6 +96,7 @@ impl Overrides {
             channels: self.channels.unwrap_or(limits.channels),
             memory: self.memory.unwrap_or(limits.memory),
             queues: self.queues.unwrap_or(limits.queues),
+            multicast: self.multicast.unwrap_or(limits.multicast),
             cm_ids: limits.cm_ids,
         }
     }

@@ -226,6 +226,8 @@ impl Client {
             Request::CreateQp(create) => self.create_qp(create),
             Request::ModifyQp { qpn, mask, attr } => return self.modify_qp(*qpn, *mask, attr, last),
             Request::QueryQp { qpn } => self.query_qp(*qpn),
+            Request::AttachMcast { qpn, group } => self.attach_mcast(*qpn, group),
+            Request::DetachMcast { qpn, group } => self.detach_mcast(*qpn, group),
             Request::DestroyQp { qpn } => return self.destroy_qp(*qpn, last),
             // The session and the daemon answer these themselves.
             Request::Hello { .. } | Request::Status | Request::CmHello { .. } | Request::Cm(_) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use engine::{Bell, QpInit};
 use rustix::io::Errno;
 use verbs_abi::{
-    proto::{Answer, CreateQp, QpAttr, Reply},
+    proto::{Answer, CreateQp, Gid, QpAttr, Reply},
     shm::{
         Window,
         cq::{CQ_LEN, CqArea},
@@ -193,5 +193,28 @@ impl Client {
             self.use_xrcd(qp.xrcd, false);
         }
         Step::Done(Ok(Answer::Done))
+    }
+
+    pub(super) fn attach_mcast(&mut self, qpn: u32, group: &Gid) -> Reply {
+        if !self.qps.contains_key(&qpn) {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        if !self.account.take(Resource::Multicast, 1) {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let attached = self.lane.with(|fabric| fabric.attach(self.id, qpn, group));
+        if attached != Ok(true) {
+            self.account.give(Resource::Multicast, 1);
+        }
+        attached.map(|_| Answer::Done)
+    }
+
+    pub(super) fn detach_mcast(&mut self, qpn: u32, group: &Gid) -> Reply {
+        if !self.qps.contains_key(&qpn) {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        self.lane.with(|fabric| fabric.detach(self.id, qpn, group))?;
+        self.account.give(Resource::Multicast, 1);
+        Ok(Answer::Done)
     }
 }

@@ -5,6 +5,7 @@ mod completions;
 mod connections;
 mod datagrams;
 mod errors;
+mod groups;
 mod limits;
 mod mappings;
 mod memory;
@@ -56,6 +57,8 @@ pub(crate) const CHECKS: &[Check] = &[
     ("destroying a CQ waits for its events to be acknowledged", completions::unacknowledged),
     ("datagrams carry a header and can be answered by it", datagrams::answered),
     ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish", datagrams::lost),
+    ("a multicast group's datagrams reach every QP that is attached to it, and no other", groups::delivered),
+    ("QPs join and leave multicast groups, and neither twice", groups::attachments),
     ("a QP walks the state table and nothing else", states::transitions),
     ("query_qp returns what was set", states::query),
     ("RESET empties a QP, which can be used anew", states::reset),

@@ -131,10 +131,25 @@ pub enum Request {
         /// The QP number.
         qpn: u32,
     },
-    /// `ibv_destroy_qp`. When the reply arrives no peer touches its queues any more.
+    /// `ibv_destroy_qp`. When the reply arrives no peer touches its queues any more. EBUSY while it is attached to a
+    /// multicast group.
     DestroyQp {
         /// The QP number.
         qpn: u32,
+    },
+    /// `ibv_attach_mcast`. A QP that is attached to the group already stays so.
+    AttachMcast {
+        /// The QP number.
+        qpn: u32,
+        /// The group.
+        group: Gid,
+    },
+    /// `ibv_detach_mcast`.
+    DetachMcast {
+        /// The QP number.
+        qpn: u32,
+        /// The group.
+        group: Gid,
     },
     /// What `freeflow status` shows. Allowed as the first request. The reply's descriptor holds JSON.
     Status,
@@ -379,6 +394,8 @@ pub struct Limits {
     pub max_pd: u32,
     /// Entries of a CQ.
     pub max_cqe: u32,
+    /// Attachments of QPs to multicast groups that a client may have.
+    pub max_mcast: u32,
 }
 
 /// A new SRQ.
