@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use common::Stage;
 use libtest_mimic::Trial;
 use xtask::{
-    bed::Bed,
+    bed::{Bed, Mode},
     conformance::{self, Suite, Table},
 };
 
@@ -17,9 +17,14 @@ fn main() -> ExitCode {
 }
 
 fn trials() -> Vec<Trial> {
-    let stage = Stage::new(|| Bed::on_one_host(common::tree()?));
+    let isolated = Stage::new(|| Ok(Bed::on_one_host(common::tree()?)?.in_mode(Mode::Isolated)));
+    let direct = Stage::new(|| Ok(Bed::on_one_host(common::tree()?)?.in_mode(Mode::Direct)));
     // v55 takes minutes to build: `cargo xtask conformance` runs it.
-    vec![stage.trial("rdma-core's own tests of release 44", |bed| keep_the_table(bed, Suite::V44))]
+    let trials = [(isolated, Mode::Isolated), (direct, Mode::Direct)].map(|(stage, mode)| {
+        let name = format!("rdma-core's own tests of release 44 ({})", mode.name());
+        stage.trial(name, |bed| keep_the_table(bed, Suite::V44))
+    });
+    trials.into()
 }
 
 fn keep_the_table(bed: &Bed, suite: Suite) -> Result<()> {

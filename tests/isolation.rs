@@ -39,7 +39,7 @@ fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("addresses outside a tenant's prefixes are not granted", foreign_addresses),
         trial("a second claimant of an address is refused until the first has gone", second_claimant),
-        trial("a tenant that is isolated gets no direct mode", no_direct_mode),
+        trial("a tenant gets direct mode unless it or its member is isolated", no_direct_mode),
         trial("query_device tells the quotas and more is ENOMEM", quotas),
         trial("all clients of a tenant share its total", totals),
         trial("a tenant's socket shows that tenant, the operator's all and opens nothing", views),
@@ -115,12 +115,16 @@ impl Scene {
         Daemon::start_with(&self.tree, &self.path("operator.sock"), &words)
     }
 
-    /// A probe as a client of a tenant, in a namespace or on this host.
+    /// A probe as a client of a tenant, in a namespace or on this host; in mode `default` it is told none.
     fn client(&self, place: Option<&Namespace>, socket: &Path, mode: &str, words: &[&str]) -> Command {
         let enter = place.map(Namespace::enter).unwrap_or_default();
         let mut line = enter;
         line.push(self.tree.program().display().to_string());
-        line.extend(common::words(&["run", "--mode", mode, "--socket"]));
+        line.push("run".to_owned());
+        if mode != "default" {
+            line.extend(common::words(&["--mode", mode]));
+        }
+        line.push("--socket".to_owned());
         line.push(socket.display().to_string());
         line.extend(common::words(&["--", probe::path()]));
         line.extend(common::words(words));
@@ -320,6 +324,8 @@ fn no_direct_mode(scene: &Scene) -> Result<()> {
         (&strict, "isolated", "isolated"),
         (&loose, "direct", "direct"),
         (&loose, "isolated", "isolated"),
+        (&strict, "default", "isolated"),
+        (&loose, "default", "direct"),
     ] {
         let client = hold(scene, None, tenant, asked)?;
         let all = clients(&daemon, tenant)?;

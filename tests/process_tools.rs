@@ -1,4 +1,4 @@
-//! Promise: Debian's stock verbs tools run unmodified between two processes of one host.
+//! Promise: Debian's stock verbs tools run unmodified between two processes of one host, in isolated mode.
 
 mod common;
 
@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use common::{Stage, device::Device, pingpong};
 use libtest_mimic::Trial;
 use xtask::{
-    bed::{Bed, Pair, Tool},
+    bed::{Bed, Mode, Pair, Tool},
     matrix::Tier,
     perftest,
 };
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
 }
 
 fn trials() -> Vec<Trial> {
-    let stage = Stage::new(|| Bed::on_one_host(common::tree()?));
+    let stage = Stage::new(|| Ok(Bed::on_one_host(common::tree()?)?.in_mode(Mode::Isolated)));
     let mut trials = vec![
         stage.trial("ibv_devices lists ff0", lists_the_device),
         stage.trial("ibv_devinfo shows sane attributes", |bed| Device::query(bed, &bed.client)?.check()),

@@ -111,12 +111,13 @@ fn greet(link: &RouterLink, events: BorrowedFd<'_>) -> Result<(Welcome, [OwnedFd
     }
 }
 
-/// The mode that the user asks for. An unknown word is said and then ignored.
+/// The mode that the user allows: direct, unless told otherwise. An unknown word is said, and the stricter one counts.
 fn wanted_mode() -> Mode {
     match env::var("FREEFLOW_MODE").as_deref() {
-        Ok("direct") => Mode::Direct,
-        Ok("isolated" | "") | Err(_) => Mode::Isolated,
-        Ok(word) => {
+        Ok("direct" | "") | Err(env::VarError::NotPresent) => Mode::Direct,
+        Ok("isolated") => Mode::Isolated,
+        word => {
+            let word = word.unwrap_or("not a text");
             log::say(Level::Warn, format_args!("FREEFLOW_MODE is {word:?}; use `isolated` or `direct`"));
             Mode::Isolated
         }

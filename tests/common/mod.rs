@@ -24,7 +24,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use xtask::{
     bed::Bed,
     interrupt,
-    matrix::{Matrix, Tier},
+    matrix::{Matrix, Run, Tier},
     tree::Tree,
 };
 
@@ -107,7 +107,15 @@ impl Stage {
 
     /// A test for each run of the matrix that belongs to a tier.
     pub(crate) fn matrix(&self, tier: Tier) -> Vec<Trial> {
-        let runs = Matrix::load(&workspace()).expect("the matrix can be read").runs(tier);
+        self.trials(Matrix::load(&workspace()).expect("the matrix can be read").runs(tier))
+    }
+
+    /// A test for each of those whose connections can be direct.
+    pub(crate) fn direct_matrix(&self, tier: Tier) -> Vec<Trial> {
+        self.trials(Matrix::load(&workspace()).expect("the matrix can be read").direct_runs(tier))
+    }
+
+    fn trials(&self, runs: Vec<Run>) -> Vec<Trial> {
         let trials = runs.into_iter().map(|run| {
             self.trial(run.name.clone(), move |bed| run.check(&bed.run_pair(&run.tool, run.limit)?))
         });

@@ -61,6 +61,29 @@ impl Place {
     }
 }
 
+/// Who executes the work requests of a bed's tools.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Mode {
+    /// The router.
+    Isolated,
+    /// The tools' own threads, where both ends are of one tenant.
+    Direct,
+}
+
+impl Mode {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Isolated, Self::Direct];
+
+    /// The word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Isolated => "isolated",
+            Self::Direct => "direct",
+        }
+    }
+}
+
 /// A router and two places.
 #[derive(Debug)]
 pub struct Bed {
@@ -72,6 +95,8 @@ pub struct Bed {
     pub server: Place,
     /// Where clients run.
     pub client: Place,
+    /// What tools in places that `freeflow run` prepares are told; the default where it is none.
+    mode: Option<Mode>,
     /// What the places live in; removed after the router has ended.
     _keep: Box<dyn Any + Send>,
 }
@@ -99,7 +124,20 @@ impl Bed {
         client: Place,
         keep: Box<dyn Any + Send>,
     ) -> Self {
-        Self { tree, router, server, client, _keep: keep }
+        Self { tree, router, server, client, mode: None, _keep: keep }
+    }
+
+    /// The same bed, whose tools run in a mode from now on.
+    #[must_use]
+    pub fn in_mode(mut self, mode: Mode) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
+    /// The mode that its tools are told, if any.
+    #[must_use]
+    pub fn mode(&self) -> Option<Mode> {
+        self.mode
     }
 
     /// A command with the virtual RNIC, in one of the places.
@@ -109,6 +147,7 @@ impl Bed {
             all.push(self.tree.program().display().to_string());
             all.extend(["run", "--socket"].map(str::to_owned));
             all.push(self.router.socket().display().to_string());
+            all.extend(self.mode.iter().flat_map(|mode| ["--mode", mode.name()].map(str::to_owned)));
             all.push("--".to_owned());
         }
         all.extend_from_slice(words);

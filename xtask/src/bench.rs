@@ -8,7 +8,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use xtask::{bed::Bed, interrupt};
+use xtask::{
+    bed::{Bed, Mode},
+    interrupt,
+};
 
 use crate::{build, packages, table::Table, workspace};
 use ratios::{RATIOS, Ratio};
@@ -38,7 +41,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     packages::require(&packages::TOOLS)?;
-    let bed = Bed::on_one_host(build::tree(options.tree.as_deref())?)?;
+    let bed = Bed::on_one_host(build::tree(options.tree.as_deref())?)?.in_mode(Mode::Isolated);
     measure(&bed, &ratios)
 }
 

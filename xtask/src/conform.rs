@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use xtask::{
-    bed::Bed,
+    bed::{Bed, Mode},
     conformance::{self, Suite, Table},
     tree::Tree,
 };
@@ -23,12 +23,32 @@ pub(crate) struct Options {
     /// Run only the tests whose name contains this
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
+    /// Who executes the work requests; the default of a client where it is not given
+    #[arg(long)]
+    mode: Option<Seat>,
     /// An install tree to use instead of building one
     #[arg(long, value_name = "DIR")]
     tree: Option<PathBuf>,
     /// Take the results over into the table
     #[arg(long)]
     write: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Seat {
+    /// The router
+    Isolated,
+    /// The tests' own threads
+    Direct,
+}
+
+impl Seat {
+    fn mode(self) -> Mode {
+        match self {
+            Self::Isolated => Mode::Isolated,
+            Self::Direct => Mode::Direct,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -69,7 +89,10 @@ fn run(suite: Suite, tree: &Tree, options: &Options) -> Result<(String, bool)> {
     let tests = suite.prepare(&cache(tree))?;
     let path = suite.table(&workspace());
     let mut table = read(&path)?;
-    let bed = Bed::on_one_host(tree.clone())?;
+    let mut bed = Bed::on_one_host(tree.clone())?;
+    if let Some(seat) = options.mode {
+        bed = bed.in_mode(seat.mode());
+    }
     let report = conformance::run(&bed, &workspace(), &tests, &options.filter)?;
     print!("{}", report.details);
     let outcomes = report.outcomes();

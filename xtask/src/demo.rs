@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 use xtask::{
-    bed::{Bed, Tool, free_port, start_server},
+    bed::{Bed, Mode, Tool, free_port, start_server},
     interrupt, perftest,
     process::{Job, has_program, run},
     tree::Tree,
@@ -39,9 +39,16 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
         return Err(enter_user_namespace(&tree));
     }
     let bed = make_bed(tree)?;
-    let comparison = measure(&bed)?;
-    drop(bed);
-    println!("\n{comparison}");
+    let tcp = Tcp::measure(&bed)?;
+    let direct = bed.in_mode(Mode::Direct);
+    let figures = measure(&direct)?;
+    let isolated = direct.in_mode(Mode::Isolated);
+    let table = compare(&figures, &measure(&isolated)?, &tcp);
+    drop(isolated);
+    println!("\n{table}");
+    println!(
+        "direct: the programs' own threads move the bytes (the default within a tenant); isolated: the router does."
+    );
     println!(
         "Bandwidth of 64 KiB messages against one iperf3 stream, latency of 8 bytes against a TCP ping-pong."
     );
@@ -89,23 +96,60 @@ fn make_bed(tree: Tree) -> Result<Bed> {
     }
 }
 
-fn measure(bed: &Bed) -> Result<Table> {
-    let tcp_bandwidth = progress("iperf3", || iperf(bed), gigabytes)?;
-    let tcp_trip = progress("TCP ping-pong", || tcp_trip(bed), microseconds)?;
-    let mut table = Table::new(&["test", "FreeFlow", "kernel TCP", "FreeFlow is"]);
-    for tool in ["ib_write_bw", "ib_read_bw", "ib_send_bw"] {
-        let figure = progress(tool, || bandwidth(bed, tool), gigabytes)?;
-        let gain = format!("{:.1} x the bandwidth", figure / tcp_bandwidth);
-        table.row(vec![format!("{tool} 64 KiB"), gigabytes(figure), gigabytes(tcp_bandwidth), gain]);
+const BANDWIDTHS: [&str; 3] = ["ib_write_bw", "ib_read_bw", "ib_send_bw"];
+const LATENCIES: [&str; 3] = ["ib_write_lat", "ib_send_lat", "ib_atomic_lat"];
+
+/// What kernel TCP does between the same two places.
+struct Tcp {
+    /// Bytes a second of one stream.
+    bandwidth: f64,
+    /// Microseconds of a round trip.
+    trip: f64,
+}
+
+impl Tcp {
+    fn measure(bed: &Bed) -> Result<Self> {
+        println!("kernel TCP:");
+        let bandwidth = progress("iperf3", || iperf(bed), gigabytes)?;
+        let trip = progress("TCP ping-pong", || tcp_trip(bed), microseconds)?;
+        Ok(Self { bandwidth, trip })
     }
-    for (tool, of_tcp) in
-        [("ib_write_lat", tcp_trip / 2.0), ("ib_send_lat", tcp_trip / 2.0), ("ib_atomic_lat", tcp_trip)]
-    {
-        let figure = progress(tool, || latency(bed, tool), microseconds)?;
-        let gain = format!("{:.1} x as quick", of_tcp / figure);
-        table.row(vec![format!("{tool} 8 B"), microseconds(figure), microseconds(of_tcp), gain]);
+
+    /// Microseconds of what a latency tool counts.
+    fn latency(&self, tool: &str) -> f64 {
+        if tool.contains("atomic") { self.trip } else { self.trip / 2.0 }
     }
-    Ok(table)
+}
+
+/// The figures of all tools: bytes a second, then microseconds.
+fn measure(bed: &Bed) -> Result<Vec<f64>> {
+    println!("FreeFlow, {}:", bed.mode().map_or("default", Mode::name));
+    let bandwidths = BANDWIDTHS.iter().map(|tool| progress(tool, || bandwidth(bed, tool), gigabytes));
+    let latencies = LATENCIES.iter().map(|tool| progress(tool, || latency(bed, tool), microseconds));
+    bandwidths.chain(latencies).collect()
+}
+
+fn compare(direct: &[f64], isolated: &[f64], tcp: &Tcp) -> Table {
+    let mut table = Table::new(&["test", "direct", "isolated", "kernel TCP", "direct is", "isolated is"]);
+    let tools = BANDWIDTHS.iter().chain(&LATENCIES);
+    for ((tool, direct), isolated) in tools.zip(direct).zip(isolated) {
+        let row = if BANDWIDTHS.contains(tool) {
+            let gain = |figure: &f64| format!("{:.1} x the bandwidth", figure / tcp.bandwidth);
+            let figures = [*direct, *isolated, tcp.bandwidth].map(gigabytes);
+            (format!("{tool} 64 KiB"), figures, [gain(direct), gain(isolated)])
+        } else {
+            let of_tcp = tcp.latency(tool);
+            let gain = |figure: &f64| format!("{:.1} x as quick", of_tcp / figure);
+            (
+                format!("{tool} 8 B"),
+                [*direct, *isolated, of_tcp].map(microseconds),
+                [gain(direct), gain(isolated)],
+            )
+        };
+        let (name, figures, gains) = row;
+        table.row([vec![name], figures.to_vec(), gains.to_vec()].concat());
+    }
+    table
 }
 
 fn progress(what: &str, measure: impl FnOnce() -> Result<f64>, unit: fn(f64) -> String) -> Result<f64> {

@@ -93,6 +93,11 @@ impl Matrix {
         toml::from_str(&text).with_context(|| format!("{} is not a matrix", path.display()))
     }
 
+    /// Those runs of one tier whose connections can be direct.
+    pub fn direct_runs(&self, tier: Tier) -> Vec<Run> {
+        self.runs(tier).into_iter().filter(|run| run.connection == Connection::Rc).collect()
+    }
+
     /// The runs of one tier, in the order of the file.
     pub fn runs(&self, tier: Tier) -> Vec<Run> {
         let cases = self.cases.iter().filter(|case| case.tiers.contains(&tier));

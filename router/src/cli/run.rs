@@ -54,7 +54,7 @@ pub(crate) struct Args {
     /// The router's control socket [env: FREEFLOW_SOCKET]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Who executes the program's work requests [env: FREEFLOW_MODE]
+    /// Who executes the program's work requests, direct if nothing else is said [env: FREEFLOW_MODE]
     #[arg(long, value_enum)]
     mode: Option<Mode>,
     /// The program and its arguments
