@@ -27,10 +27,11 @@ mod srq;
 mod stage;
 mod transfer;
 mod window;
+pub mod wire;
 
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
-pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot, SrqInit, XrcInit};
+pub use fabric::{ClientInit, Fabric, Modified, QpInit, QpSnapshot, Routing, SrqInit, XrcInit};
 pub use foreign::{Access, Foreign};
 pub use memory::{Fault, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};

@@ -4,9 +4,12 @@
 //! what [`Attempt`] says; this half counts its retries (`retry`) and says when to come back.
 
 mod access;
+mod ahead;
 mod at_once;
 mod datagram;
 mod execute;
+
+pub(crate) use ahead::{Obstacle, is_fenced};
 
 use std::sync::atomic::Ordering;
 
@@ -365,16 +368,13 @@ impl Requester {
             imm: self.wqe.imm,
             solicited: self.wqe.flags & flag::SOLICITED != 0,
             placed: self.placed,
+            payload_at: 0,
             budget,
             payload: match self.wqe.inline() {
                 Some(bytes) => Side::Bytes(bytes),
                 None => Side::Spans(local, &self.spans),
             },
-            flush: Flush {
-                need: flush_rights(self.wqe.swap as u32),
-                is_whole_mr: self.wqe.swap >> 32 != 0,
-                len: self.wqe.compare_add,
-            },
+            flush: Flush::of(self.wqe.compare_add, self.wqe.swap),
         }
     }
 
@@ -515,15 +515,5 @@ impl Requester {
     pub(crate) fn traffic(&self) -> Traffic {
         let Retry { rnr_naks, timeouts, .. } = self.retry;
         Traffic { messages: self.messages, bytes: self.bytes, rnr_naks, timeouts }
-    }
-}
-
-/// The rights that a FLUSH of these types (`IBV_FLUSH_GLOBAL`, `IBV_FLUSH_PERSISTENT`) needs; none for an unknown type.
-fn flush_rights(types: u32) -> AccessFlags {
-    match types {
-        1 => AccessFlags::FLUSH_GLOBAL,
-        2 => AccessFlags::FLUSH_PERSISTENT,
-        3 => AccessFlags::FLUSH_GLOBAL | AccessFlags::FLUSH_PERSISTENT,
-        _ => AccessFlags::empty(),
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct Request<'a, M> {
     pub(crate) solicited: bool,
     /// Bytes that earlier turns placed.
     pub(crate) placed: u64,
+    /// Where in the message the payload begins.
+    pub(crate) payload_at: u64,
     /// Bytes that this turn may place.
     pub(crate) budget: u64,
     pub(crate) payload: Side<'a, M>,
@@ -47,6 +49,23 @@ pub(crate) struct Flush {
     pub(crate) need: AccessFlags,
     pub(crate) is_whole_mr: bool,
     pub(crate) len: u64,
+}
+
+impl Flush {
+    /// From the operands of its work request.
+    pub(crate) fn of(len: u64, types: u64) -> Self {
+        Self { need: flush_rights(types as u32), is_whole_mr: types >> 32 != 0, len }
+    }
+}
+
+/// The rights that a FLUSH of these types (`IBV_FLUSH_GLOBAL`, `IBV_FLUSH_PERSISTENT`) needs; none for an unknown type.
+fn flush_rights(types: u32) -> AccessFlags {
+    match types {
+        1 => AccessFlags::FLUSH_GLOBAL,
+        2 => AccessFlags::FLUSH_PERSISTENT,
+        3 => AccessFlags::FLUSH_GLOBAL | AccessFlags::FLUSH_PERSISTENT,
+        _ => AccessFlags::empty(),
+    }
 }
 
 /// What the peer answers.
@@ -75,7 +94,7 @@ pub(crate) enum Reply {
     Foreign,
 }
 
-const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
+pub(crate) const INVALID_REQUEST: Reply = Reply::Nak(WcStatus::RemInvReqErr, Some(EventType::QpReqErr));
 const ACCESS: Reply = Reply::Nak(WcStatus::RemAccessErr, Some(EventType::QpAccessErr));
 pub(crate) const OPERATION: Reply = Reply::Nak(WcStatus::RemOpErr, Some(EventType::QpFatal));
 
@@ -514,6 +533,10 @@ impl Responder {
         self.area.header.rq_done().store(self.completions.count(), Ordering::Release);
     }
 
+    pub(crate) fn qp_type(&self) -> QpType {
+        self.qp_type
+    }
+
     /// The state the QP is in.
     pub(crate) fn state(&self) -> QpState {
         self.state
@@ -524,7 +547,8 @@ impl Responder {
 fn place_slice<M: Memory>(request: &Request<'_, M>, target: (&M, &[Span]), stage: &mut Stage) -> Reply {
     let left = request.len - request.placed;
     let now = left.min(request.budget);
-    match transfer(request.payload, target, (request.placed, request.placed), now, stage) {
+    match transfer(request.payload, target, (request.placed - request.payload_at, request.placed), now, stage)
+    {
         Ok(moved) if moved == left => Reply::Ack,
         Ok(moved) => Reply::Partly(request.placed + moved),
         Err(Broken::Source) => Reply::SourceFault,

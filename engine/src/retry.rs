@@ -62,6 +62,21 @@ impl Retry {
         self.rnr_until.filter(|until| now < *until)
     }
 
+    /// Until when nothing is sent because of an RNR NAK, past or not.
+    pub(crate) fn resumes_at(&self) -> Option<u64> {
+        self.rnr_until
+    }
+
+    /// A receive is posted: the pause is over.
+    pub(crate) fn resume(&mut self) {
+        self.rnr_until = None;
+    }
+
+    /// When silence counts, if something is waited for.
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.deadline
+    }
+
     /// The peer has no receive posted, and asks for a pause with this code: until when, unless enough is enough.
     pub(crate) fn no_receive(&mut self, code: u8, now: u64) -> Result<u64, WcStatus> {
         self.rnr_naks += 1;

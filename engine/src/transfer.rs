@@ -138,6 +138,27 @@ pub(crate) fn gather<'a, M: Memory>(
     Ok(Side::Bytes(&staged.bytes))
 }
 
+/// Appends `len` bytes of `from`, `skip` bytes into it, to a buffer.
+pub(crate) fn append<M: Memory>(
+    from: Side<'_, M>,
+    skip: u64,
+    len: u64,
+    stage: &mut Stage,
+    into: &mut Vec<u8>,
+) -> Result<(), Broken> {
+    let before = into.len();
+    if from.is_mapped() {
+        into.resize(before + len as usize, 0);
+        return take_mapped(from, skip, &mut into[before..]);
+    }
+    let staged = stage.slice(skip, len);
+    staged.check()?;
+    collect(from, skip, len, staged)?;
+    into.extend_from_slice(&staged.bytes);
+    stage.clear();
+    Ok(())
+}
+
 fn copy<M: Memory>(from: Side<'_, M>, to: (&M, &[Span]), skip: (u64, u64), len: u64) -> Result<u64, Broken> {
     let mut source = Cursor::new(from, skip.0);
     let mut target = Cursor::new(Side::Spans(to.0, to.1), skip.1);

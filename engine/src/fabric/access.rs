@@ -9,13 +9,19 @@ use std::{
 };
 
 use super::{Fabric, Qp};
-use crate::{Access, Memory, foreign::Task, responder::Reply};
+use crate::{Access, Memory, foreign::Task, responder::Reply, stage::Stage};
 
 /// Which half of a QP asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Half {
     Requester,
     Responder,
+    /// Payload for a peer on another host.
+    Export,
+    /// What such a peer has answered.
+    Reply,
+    /// What such a peer asks for.
+    Target,
 }
 
 /// A QP by index, and by number: the index may be another's by now.
@@ -74,6 +80,9 @@ impl<M: Memory> Fabric<M> {
         let awaited = match flight.half {
             Half::Requester => user.requester.arrive(access),
             Half::Responder => user.responder.arrive(access),
+            Half::Export | Half::Reply | Half::Target => {
+                user.far_stage(flight.half).is_some_and(|stage| stage.arrive(access))
+            }
         };
         if awaited {
             self.stop_waiting(flight.user.at);
@@ -130,7 +139,7 @@ impl<M: Memory> Fabric<M> {
     fn parties(&mut self, at: usize, half: Half) -> Option<(Named, Named, usize)> {
         let qp = self.qps[at].as_ref()?;
         let (user, peer_at) = (Named { at, qpn: qp.qpn }, qp.peer);
-        if half == Half::Responder || qp.requester.accesses_own_memory() {
+        if half != Half::Requester || qp.requester.accesses_own_memory() {
             return Some((user, user, qp.owner));
         }
         let peer_at = peer_at?;
@@ -150,6 +159,7 @@ impl<M: Memory> Fabric<M> {
         match half {
             Half::Requester => qp.requester.launch(ticket, cancelled),
             Half::Responder => qp.responder.launch(ticket, cancelled),
+            Half::Export | Half::Reply | Half::Target => qp.far_stage(half)?.launch(ticket, cancelled),
         }
     }
 
@@ -180,6 +190,19 @@ impl<M: Memory> Fabric<M> {
                 Some(Reply::Foreign) => return self.launch(at, Half::Responder),
                 Some(_) => self.heed(Some(at)),
             }
+        }
+    }
+}
+
+impl Qp {
+    /// The stage of an access that belongs to a connection to another host.
+    fn far_stage(&mut self, half: Half) -> Option<&mut Stage> {
+        let far = self.far.as_mut()?;
+        match half {
+            Half::Export => Some(far.initiator.send_stage()),
+            Half::Reply => Some(far.initiator.reply_stage()),
+            Half::Target => Some(&mut far.target.stage),
+            Half::Requester | Half::Responder => None,
         }
     }
 }

@@ -21,7 +21,10 @@ impl<M: Memory> Fabric<M> {
         let sent = if is_group(qp.requester.address()) {
             self.send_to_group(at, opcode, budget)
         } else {
-            self.resolve_datagram(at).map_or(Ok(()), |peer_at| self.hand_over(at, peer_at, opcode))
+            match self.resolve_datagram(at) {
+                Some(peer_at) => self.hand_over(at, peer_at, opcode),
+                None => self.ship(at, opcode),
+            }
         };
         match (sent, self.qps[at].as_mut()) {
             (Ok(()), Some(qp)) => qp.requester.end_datagram(opcode),

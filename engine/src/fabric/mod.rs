@@ -6,8 +6,10 @@
 //! says there is more, then sleep until a doorbell, an access or [`Fabric::next_timer`].
 
 mod access;
+mod arrive;
 mod datagrams;
 mod direct;
+mod far;
 mod groups;
 mod modify;
 mod objects;
@@ -33,6 +35,8 @@ use verbs_abi::{
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
 
 use access::{Accesses, Counts};
+pub use far::Routing;
+use far::{Far, Links};
 use groups::Groups;
 use schedule::Schedule;
 use shared::{Domain, Srq};
@@ -173,6 +177,8 @@ struct Qp {
     peer: Option<usize>,
     /// The peer in direct mode.
     direct: Option<usize>,
+    /// The peer, where it lives on another host.
+    far: Option<Box<Far>>,
     /// QPs whose owners may execute on this one's receive side.
     attached: Vec<usize>,
     /// The multicast groups that it is attached to.
@@ -202,6 +208,7 @@ pub struct Fabric<M> {
     rung: Vec<usize>,
     rung_srqs: Vec<u32>,
     accesses: Accesses,
+    links: Links,
     /// The time at the last turn.
     now: u64,
 }
@@ -232,6 +239,7 @@ impl<M: Memory> Fabric<M> {
             rung: Vec::new(),
             rung_srqs: Vec::new(),
             accesses: Accesses::default(),
+            links: Links::default(),
             now: 0,
         }
     }

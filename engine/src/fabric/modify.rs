@@ -36,6 +36,9 @@ impl<M: Memory> Fabric<M> {
         let to = qp_state::modify(qp_type, from, mask, attr, &LIMITS).map_err(|_| EINVAL)?;
         let mask = QpAttrMask::try_from(mask).map_err(|_| EINVAL)?;
         merge(&mut qp.attr, attr, mask);
+        if from == QpState::Init && to == QpState::Rtr {
+            self.connect_far(at);
+        }
         let source = self.source(at);
         if let Some(qp) = self.qps[at].as_mut() {
             qp.apply(source);
@@ -62,6 +65,9 @@ impl<M: Memory> Fabric<M> {
             self.poke_waiters_for(at);
         }
         if to == QpState::Rts && from != to {
+            if from == QpState::Rtr {
+                self.start_far(at);
+            }
             self.give_seat(at);
             self.schedule.enqueue(at);
         }
@@ -81,7 +87,7 @@ impl<M: Memory> Fabric<M> {
         qp.draining = Some(announce);
         if !holds {
             self.look_again(at);
-        } else if !qp.requester.has_begun() {
+        } else if !qp.has_begun() {
             self.end_drain(at);
         } else if qp.waiting.is_none() {
             self.schedule.enqueue(at);
@@ -99,6 +105,9 @@ impl<M: Memory> Fabric<M> {
     fn source(&self, at: usize) -> u32 {
         let Some(qp) = self.qps[at].as_ref() else { return NOBODY };
         let (qpn, gid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
+        if qp.far.is_some() {
+            return qpn;
+        }
         if qp.requester.qp_type() == QpType::Ud || self.resolve(qp, qpn, &gid).is_none() {
             return NOBODY;
         }
@@ -111,6 +120,7 @@ impl<M: Memory> Fabric<M> {
         if !self.qps[at].as_ref().is_some_and(deaf) {
             return;
         }
+        self.connect_far(at);
         let source = self.source(at);
         if let Some(qp) = self.qps[at].as_mut() {
             qp.apply(source);
@@ -137,6 +147,7 @@ impl<M: Memory> Fabric<M> {
     /// Back to the start: nothing posted, nothing completed, no peer.
     fn reset(&mut self, at: usize) {
         self.disconnect(at);
+        self.disconnect_far(at);
         self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
         self.schedule.forget(at);
@@ -156,6 +167,10 @@ impl<M: Memory> Fabric<M> {
         let receives = self.seize_receives(at);
         self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
+        if let Some(far) = qp.far.as_mut() {
+            far.initiator.abandon();
+            far.target.abandon();
+        }
         qp.responder.set_ring_me(true);
         if qp.busy > 0 {
             // What comes back flushed is not written to any more: the end of the access has another turn.
@@ -180,6 +195,9 @@ impl<M: Memory> Fabric<M> {
     /// The error of an unreliable QP's send queue: receives go on.
     pub(super) fn fail_sends(&mut self, at: usize) {
         self.set_state(at, QpState::Sqe);
+        if let Some(far) = self.qps[at].as_mut().and_then(|qp| qp.far.as_mut()) {
+            far.initiator.abandon();
+        }
         if self.qps[at].as_ref().is_some_and(|qp| qp.busy > 0) {
             return;
         }
@@ -198,7 +216,11 @@ impl Qp {
             // Nothing to remember a READ or an atomic by: as if they were not enabled.
             access = access.difference(AccessFlags::REMOTE_READ | AccessFlags::REMOTE_ATOMIC);
         }
-        let (timeout, retry_cnt, rnr_retry) = (attr.timeout, attr.retry_cnt, attr.rnr_retry);
+        let (mut timeout, retry_cnt, rnr_retry) = (attr.timeout, attr.retry_cnt, attr.rnr_retry);
+        if self.far.is_some() && timeout & 31 != 0 {
+            // A requester may wait up to four times as long as it is told (C9-140); what is between hosts needs it.
+            timeout = (timeout & 31).saturating_add(2).min(31);
+        }
         self.requester.configure(Retries { timeout, retry_cnt, rnr_retry }, attr.max_rd_atomic);
         self.responder.configure(source, access, attr.min_rnr_timer, attr.qkey);
     }

@@ -118,6 +118,7 @@ impl<M: Memory> Fabric<M> {
             draining: None,
             peer: None,
             direct: None,
+            far: None,
             attached: Vec::new(),
             groups: BTreeSet::new(),
             held: true,
@@ -162,6 +163,7 @@ impl<M: Memory> Fabric<M> {
 
     pub(super) fn remove_qp(&mut self, at: usize) -> Option<(u64, usize)> {
         self.disconnect(at);
+        self.disconnect_far(at);
         self.stop_waiting(at);
         let mut qp = self.qps[at].take()?;
         // A direct peer that still looks at the header sees a QP that does not answer.

@@ -82,6 +82,10 @@ impl<M: Memory> Fabric<M> {
         if qp.state != QpState::Err {
             qp.responder.set_ring_me(false);
         }
+        if self.welcome_far(at) {
+            return;
+        }
+        let Some(qp) = self.qps[at].as_ref() else { return };
         let waits = |other: &usize| {
             self.qps[*other].as_ref().is_some_and(|other| {
                 other.attr.dest_qp_num == qp.qpn && other.tenant == qp.tenant && other.waiting.is_some()
@@ -143,6 +147,7 @@ impl<M: Memory> Fabric<M> {
                 next_look += look;
             }
         }
+        self.tell();
         self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
     }
 
@@ -174,6 +179,9 @@ impl<M: Memory> Fabric<M> {
         }
         if self.qps[at].as_ref().is_some_and(|qp| qp.responder.has_parcels()) {
             self.deliver(at);
+        }
+        if self.qps[at].as_ref().is_some_and(|qp| qp.far.is_some()) {
+            return self.serve_far(at, now, budget);
         }
         if !self.may_serve(at) {
             if self.is_wanted(at) {
@@ -324,7 +332,7 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// A QP has no turn until then, or until something ends its wait.
-    fn set_waiting(&mut self, at: usize, until: Option<u64>) {
+    pub(super) fn set_waiting(&mut self, at: usize, until: Option<u64>) {
         let Some(qp) = self.qps[at].as_mut() else { return };
         qp.waiting = Some(until);
         if let Some(when) = until {
@@ -346,7 +354,7 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    fn fail_responder(&mut self, at: usize, event: Option<EventType>) {
+    pub(super) fn fail_responder(&mut self, at: usize, event: Option<EventType>) {
         if let Some(event) = event {
             self.raise(at, event);
         }
@@ -375,7 +383,8 @@ impl<M: Memory> Fabric<M> {
         let peer = self.qps[found].as_ref()?;
         let same_type = peer.requester.qp_type() == counterpart(qp.requester.qp_type());
         let there = self.clients[peer.owner].as_ref()?.gids.contains(dgid);
-        (same_type && peer.tenant == qp.tenant && there).then_some(found)
+        let near = peer.far.is_none();
+        (same_type && peer.tenant == qp.tenant && there && near).then_some(found)
     }
 }
 

@@ -24,6 +24,7 @@ use crate::{Access, Attempt, Fault, Fetch, Foreign, MemoryWindow, completion::Co
 
 mod drain;
 mod fairness;
+mod far;
 mod foreign;
 mod groups;
 mod hostile;
