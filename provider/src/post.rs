@@ -16,7 +16,7 @@ use crate::abi::edge::{self, Errno};
 use crate::ah::Ah;
 use crate::direct::{Seat, Tried};
 use crate::mw;
-use crate::qp::Qp;
+use crate::qp::{self, Qp};
 
 /// The send flags that a work request may have; they are the WQE's own.
 const SEND_FLAGS: u32 = (flag::FENCE | flag::SIGNALED | flag::SOLICITED | flag::INLINE) as u32;
@@ -334,9 +334,11 @@ pub(crate) unsafe extern "C" fn send(
 ) -> c_int {
     edge::status(|| {
         // SAFETY: the application passes a live QP of ours.
-        let qp = unsafe { Qp::of(qp) };
+        let (c, qp) = (qp, unsafe { Qp::of(qp) });
         let mut next = wr;
         let result = check_send(qp).and_then(|()| {
+            // SAFETY: as above; its send queue is not locked here.
+            unsafe { qp::accept_offer(c, qp) };
             let mut queue = qp.send.lock();
             queue.begin_posting(qp);
             // SAFETY: the application passes a list of work requests that ends in null.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::c_int;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -16,6 +17,7 @@ use verbs_abi::verbs::{QpAttrMask, QpState, QpType, WcStatus};
 
 use crate::abi::edge::{self, Errno};
 use crate::bell::Bell;
+use crate::context::Context;
 use crate::cq::Cq;
 use crate::device;
 use crate::direct::Seat;
@@ -231,18 +233,46 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
             sends.seat = None;
             own.restart(&mut sends);
         }
-        if let Answer::Direct(peer) = answer {
-            // SAFETY: a live QP's PD is live.
-            let pd = unsafe { Pd::of((*qp).pd).id };
-            match Seat::new(device, own, pd, &peer, fds) {
-                Ok(seat) => sends.seat = Some(Box::new(seat)),
-                Err(error) => {
-                    log::say(Level::Warn, format_args!("QP {:#x} stays isolated: {error}", own.number));
-                }
-            }
-        }
+        // SAFETY: a live QP's PD is live.
+        take_seat(device, own, &mut sends, unsafe { Pd::of((*qp).pd).id }, answer, fds);
         Ok(())
     })
+}
+
+/// Takes the seat that an answer offers, if it offers one.
+fn take_seat(device: &Context, own: &Qp, sends: &mut SendQueue, pd: u32, answer: Answer, fds: Vec<OwnedFd>) {
+    let Answer::Direct(peer) = answer else { return };
+    match Seat::new(device, own, pd, &peer, fds) {
+        Ok(seat) => sends.seat = Some(Box::new(seat)),
+        Err(error) => log::say(Level::Warn, format_args!("QP {:#x} stays isolated: {error}", own.number)),
+    }
+}
+
+/// Has a QP connected directly, if the router offers that. Where it comes to nothing the router goes on executing.
+///
+/// # Safety
+/// `qp` must be a live QP of ours, whose send queue this thread has not locked.
+#[inline]
+pub(crate) unsafe fn accept_offer(qp: *mut ibv_qp, own: &Qp) {
+    if own.area.header.offer().load(Ordering::Relaxed) != 0 {
+        // SAFETY: the caller's promise.
+        unsafe { pair(qp, own) };
+    }
+}
+
+/// # Safety
+/// As [`accept_offer`].
+#[cold]
+unsafe fn pair(qp: *mut ibv_qp, own: &Qp) {
+    // SAFETY: the caller's promise: the context is open and the PD live.
+    let (device, pd) = unsafe { (device::state((*qp).context), Pd::of((*qp).pd).id) };
+    let mut sends = own.send.lock();
+    // Before it is asked: what is offered from now on is a new offer.
+    if own.area.header.offer().swap(0, Ordering::Relaxed) != 0
+        && let Ok((answer, fds)) = device.link.ask(&Request::PairQp { qpn: own.number }, &[])
+    {
+        take_seat(device, own, &mut sends, pd, answer, fds);
+    }
 }
 
 pub(crate) unsafe extern "C" fn query(

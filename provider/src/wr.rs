@@ -14,7 +14,7 @@ use crate::abi::edge::{self, Errno};
 use crate::ah::Ah;
 use crate::mw;
 use crate::post::{self, Mark, SendQueue};
-use crate::qp::Qp;
+use crate::qp::{self, Qp};
 
 /// What has happened since `wr_start`.
 #[derive(Debug, Default)]
@@ -174,6 +174,8 @@ unsafe fn set(qp: *mut ibv_qp_ex, set: impl FnOnce(&Qp, &mut SendWqe) -> Result<
 unsafe extern "C" fn start(qp: *mut ibv_qp_ex) {
     // SAFETY: the application passes a live extended QP of ours.
     let own = unsafe { Qp::of(qp.cast()) };
+    // SAFETY: as above; an extended QP begins with the plain one, and this thread has not locked its send queue.
+    unsafe { qp::accept_offer(qp.cast(), own) };
     own.send.acquire();
     // SAFETY: the lock was taken just now.
     let queue = unsafe { own.send.held() };

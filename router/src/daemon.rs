@@ -10,6 +10,7 @@
 
 mod doors;
 mod manage;
+mod policy;
 mod status;
 mod step;
 
@@ -17,6 +18,7 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -32,6 +34,7 @@ use verbs_abi::{
     verbs::{QpAttrMask, QpState},
 };
 
+use self::policy::Policy;
 use crate::{
     account::Resource as Held,
     bell::Ringer,
@@ -41,7 +44,7 @@ use crate::{
     guid,
     lane::Lane,
     session::{Hello, Parting, Session, Step, Terms},
-    signals::Signals,
+    signals::{Signals, Wish},
     tenant::Tenant,
     throttle::Throttle,
 };
@@ -77,14 +80,22 @@ pub enum End {
 /// until told to end or idle for too long.
 ///
 /// The whole process is the router from here on: memory of clients passes through it, so it leaves no core
-/// dumps and cannot be traced by its user's other processes.
+/// dumps and cannot be traced by its user's other processes. SIGHUP has it read `file` again, where the
+/// configuration came from, and ends it where it came from none.
 ///
 /// # Errors
 /// [`DaemonError`]; clients cannot cause one.
-pub fn run(config: &Config, listener: OwnedFd, tenants: Vec<OwnedFd>) -> Result<End, DaemonError> {
+pub fn run(
+    config: &Config,
+    file: Option<PathBuf>,
+    listener: OwnedFd,
+    tenants: Vec<OwnedFd>,
+) -> Result<End, DaemonError> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| DaemonError::SetUp { what: "privacy", source: error.into() })?;
-    Daemon::with_tenants(config, listener, tenants)?.run()
+    let mut daemon = Daemon::with_tenants(config, listener, tenants)?;
+    daemon.policy = file.map(|file| Policy { file, config: config.clone() });
+    daemon.run()
 }
 
 /// Ends a daemon from another thread.
@@ -130,6 +141,8 @@ pub struct Daemon {
     idle_exit: Option<Duration>,
     idle_since: Instant,
     started: Instant,
+    /// What can be read again.
+    policy: Option<Policy>,
 }
 
 impl Daemon {
@@ -185,6 +198,7 @@ impl Daemon {
             idle_exit: config.idle_exit(),
             idle_since: now,
             started: now,
+            policy: None,
         })
     }
 
@@ -232,10 +246,11 @@ impl Daemon {
             };
             for event in &events[..count] {
                 match event.data.u64() {
-                    SIGNALS => {
-                        signals.take();
-                        return Ok(End::Told);
-                    }
+                    SIGNALS => match signals.take() {
+                        None => {}
+                        Some(Wish::Reload) if self.policy.is_some() => self.reload(),
+                        Some(_) => return Ok(End::Told),
+                    },
                     STOP => return Ok(End::Told),
                     LANE_ENDED => return Err(DaemonError::LaneEnded),
                     door @ DOORS.. => self.accept((door - DOORS) as usize),

@@ -1,4 +1,4 @@
-//! The signals that end the daemon, as a descriptor.
+//! The signals that the daemon obeys, as a descriptor.
 
 use std::{
     io,
@@ -6,7 +6,16 @@ use std::{
     os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-/// SIGTERM and SIGINT, kept from this thread and the threads it starts from now on.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// SIGTERM or SIGINT: the end.
+    End,
+    /// SIGHUP: a look at the configuration.
+    Reload,
+}
+
+/// SIGTERM, SIGINT and SIGHUP, kept from this thread and the threads it starts from now on.
 #[derive(Debug)]
 pub(crate) struct Signals {
     file: OwnedFd,
@@ -24,6 +33,7 @@ impl Signals {
             libc::sigemptyset(set.as_mut_ptr());
             libc::sigaddset(set.as_mut_ptr(), libc::SIGTERM);
             libc::sigaddset(set.as_mut_ptr(), libc::SIGINT);
+            libc::sigaddset(set.as_mut_ptr(), libc::SIGHUP);
             libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), previous.as_mut_ptr());
         }
         // SAFETY: `set` is initialised above.
@@ -35,10 +45,13 @@ impl Signals {
         Ok(unsafe { Self { file: OwnedFd::from_raw_fd(file), previous: previous.assume_init() } })
     }
 
-    /// Takes a signal, so that it does not strike when the mask is put back.
-    pub(crate) fn take(&self) {
+    /// Takes a signal, so that it does not strike when the mask is put back. `None`: there is none.
+    pub(crate) fn take(&self) -> Option<Wish> {
         let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
-        let _ = rustix::io::read(&self.file, &mut record);
+        let len = rustix::io::read(&self.file, &mut record).ok()?;
+        // Its number comes first.
+        let number = record[..len].first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))?;
+        Some(if number == libc::SIGHUP as u32 { Wish::Reload } else { Wish::End })
     }
 }
 

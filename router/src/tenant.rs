@@ -3,7 +3,10 @@
 use std::{
     fmt,
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -46,8 +49,8 @@ pub(crate) struct Tenant {
     pub(crate) sees_all: bool,
     /// The share of a lane of each client.
     pub(crate) weight: u32,
-    /// The loosest mode.
-    mode: Mode,
+    /// Whether the loosest mode is direct.
+    is_direct: AtomicBool,
     prefixes: Vec<Prefix>,
     /// Quotas of one client.
     limits: config::Limits,
@@ -84,9 +87,7 @@ impl Tenant {
             tenant.socket.clone_from(&told.socket);
             tenant.prefixes.clone_from(&told.prefixes);
             tenant.weight = told.weight;
-            if told.mode == config::Mode::Isolated {
-                tenant.mode = Mode::Isolated;
-            }
+            tenant.is_direct = AtomicBool::new(told.is_direct(config));
             Arc::new(tenant)
         });
         made.collect()
@@ -132,7 +133,7 @@ impl Tenant {
             opens_devices: true,
             sees_all: false,
             weight: 1,
-            mode: if config.direct { Mode::Direct } else { Mode::Isolated },
+            is_direct: AtomicBool::new(config.direct),
             prefixes: Vec::new(),
             limits: limits.clone(),
             total: Arc::new(Mutex::new(account)),
@@ -143,10 +144,15 @@ impl Tenant {
 
     /// The mode of a client that asks for one: never a looser one than the tenant's.
     pub(crate) fn mode(&self, wanted: Mode) -> Mode {
-        match self.mode {
-            Mode::Isolated => Mode::Isolated,
-            Mode::Direct => wanted,
-        }
+        if self.is_direct.load(Ordering::Relaxed) { wanted } else { Mode::Isolated }
+    }
+
+    /// Takes the mode over from a configuration that was read again. What it is now, if it changed.
+    pub(crate) fn follow(&self, config: &Config) -> Option<&'static str> {
+        let told = config.tenants.iter().find(|told| told.name == self.name);
+        let is_direct = told.map_or(config.direct, |told| told.is_direct(config));
+        let changed = self.is_direct.swap(is_direct, Ordering::Relaxed) != is_direct;
+        changed.then_some(if is_direct { "direct" } else { "isolated" })
     }
 
     /// The quotas of one client, as it is told them.

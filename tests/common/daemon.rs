@@ -87,6 +87,13 @@ impl Daemon {
         Ok(())
     }
 
+    /// Has it read its configuration again.
+    pub(crate) fn reload(&self) -> Result<()> {
+        let pid = i32::try_from(self.job.pid()).ok().and_then(Pid::from_raw).context("no process")?;
+        // The job was not waited for, so the number is still its own.
+        Ok(kill_process(pid, Signal::HUP)?)
+    }
+
     /// Asks it to end.
     pub(crate) fn stop(self) -> Result<Outcome> {
         self.job.stop(LIMIT)

@@ -23,10 +23,14 @@ pub(crate) fn path() -> &'static str {
     env!("CARGO_BIN_EXE_freeflow-probe")
 }
 
-/// The probe as a client of the router at `socket`.
+/// The probe as a client of the router at `socket`, in a mode or, told `default`, in that of who says nothing.
 pub(crate) fn client(tree: &Tree, socket: &Path, mode: &str, words: &[&str]) -> Command {
     let mut command = command([tree.program()]);
-    command.args(["run", "--mode", mode, "--socket"]).arg(socket).args(["--", path()]).args(words);
+    command.args(["run", "--socket"]).arg(socket);
+    if mode != "default" {
+        command.args(["--mode", mode]);
+    }
+    command.args(["--", path()]).args(words);
     command
 }
 

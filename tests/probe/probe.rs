@@ -18,6 +18,7 @@ mod outage;
 mod pair;
 mod qp;
 mod stall;
+mod stream;
 mod tcp;
 mod verbs;
 
@@ -31,7 +32,7 @@ use checks::{CHECKS, Skip};
 const LIMIT: Duration = Duration::from_secs(60);
 
 const USAGE: &str = "\
-usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall
+usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
@@ -82,6 +83,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["tcp-exchange", address] => tcp::exchange(address.parse()?),
         ["cm-outage"] => outage::survive_by_name(),
         ["stall"] => stall::run(),
+        ["stream", seconds] => stream::run(Duration::from_secs(seconds.parse()?)),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),
     }

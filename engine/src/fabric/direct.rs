@@ -6,8 +6,8 @@
 use std::sync::atomic::Ordering;
 
 use verbs_abi::{
-    proto::{DirectPeer, Mode},
-    verbs::{EventType, QpState, QpType},
+    proto::DirectPeer,
+    verbs::{EventType, QpState},
 };
 
 use super::{Fabric, Qp};
@@ -16,20 +16,10 @@ use crate::Memory;
 impl<M: Memory> Fabric<M> {
     /// Pairs a QP that enters RTR with its peer, if both clients are of one tenant and want direct mode.
     pub(super) fn connect_direct(&mut self, at: usize) -> Option<(DirectPeer, u32)> {
-        let peer_at = self.resolve_peer(at)?;
+        let peer_at = self.direct_peer(at)?;
         let qp = self.qps[at].as_ref()?;
         let peer = self.qps[peer_at].as_ref()?;
-        let (client, other) = (self.clients[qp.owner].as_ref()?, self.clients[peer.owner].as_ref()?);
-        let reliable = qp.requester.qp_type() == QpType::Rc && peer.requester.qp_type() == QpType::Rc;
-        // Receives of a shared queue are given out by the router.
-        if !reliable
-            || peer.create.srq.is_some()
-            || client.mode != Mode::Direct
-            || other.mode != Mode::Direct
-            || at == peer_at
-        {
-            return None;
-        }
+        let other = self.clients[peer.owner].as_ref()?;
         let cq = other.cqs.get(&peer.create.recv_cq)?;
         let direct = DirectPeer {
             client: other.id,
@@ -135,8 +125,11 @@ impl<M: Memory> Fabric<M> {
         qp.zip(peer).is_some_and(|(qp, peer)| peer.responder.accepts(qp.qpn) && peer.state.may_respond())
     }
 
-    /// Gives the seat to the owner of a direct QP that is in RTS with nothing left to do.
+    /// Gives the seat to the owner of a direct QP that is in RTS with nothing left to do, if it still may have it.
     pub(super) fn give_seat(&mut self, at: usize) {
+        if !self.may_stay_direct(at) {
+            return self.part(at);
+        }
         let Some(qp) = self.qps[at].as_mut() else { return };
         let ready = qp.direct.is_some() && qp.held && qp.state == QpState::Rts && qp.waiting.is_none();
         if !ready || qp.requester.has_work() {

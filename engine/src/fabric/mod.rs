@@ -13,6 +13,7 @@ mod far;
 mod groups;
 mod modify;
 mod objects;
+mod policy;
 mod run;
 mod schedule;
 mod shared;

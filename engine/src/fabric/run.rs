@@ -229,10 +229,12 @@ impl<M: Memory> Fabric<M> {
         (parked || behind || self.is_wanted(at)) && self.hold_seat(at)
     }
 
-    /// Whether its owner has a seat that it may not have any more: its direct connection has ended, or its send queue
-    /// is to stand still.
+    /// Whether its owner has a seat that it may not have any more: its direct connection has ended or must end, or its
+    /// send queue is to stand still.
     fn is_wanted(&self, at: usize) -> bool {
-        self.qps[at].as_ref().is_some_and(|qp| !qp.held && (qp.direct.is_none() || qp.state == QpState::Sqd))
+        self.qps[at]
+            .as_ref()
+            .is_some_and(|qp| !qp.held && (qp.state == QpState::Sqd || !self.may_stay_direct(at)))
     }
 
     /// Executes work requests until the turn is over.

@@ -25,7 +25,8 @@ const MORE: &str = "\
 Without --socket it listens on /run/freeflow/router.sock (root),
 $XDG_RUNTIME_DIR/freeflow/router.sock (a user), or
 /tmp/freeflow-UID/router.sock (a user without such a directory). SIGTERM and
-SIGINT end it. Options win over variables, variables over the configuration.
+SIGINT end it; SIGHUP has it read its configuration again and follow the modes
+of the tenants, or ends it where there is no configuration. Options win over variables, variables over the configuration.
 
 Exit codes: 0 ended as it was told to; 1 failed; 2 the command line or the
 configuration is wrong; 3 another router serves the socket.";
@@ -48,7 +49,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
-    let config = configuration(args)?;
+    let (config, file) = configuration(args)?;
     start_logging(config.log.as_deref().unwrap_or("info"))?;
     raise_descriptor_limit();
     let socket = config.socket.clone().context("no socket was chosen")?;
@@ -62,7 +63,7 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
     for tenant in &config.tenants {
         tracing::info!(tenant = tenant.name, socket = %tenant.socket.display(), "serving a tenant");
     }
-    wire::run_router(&config, listener, listeners)?;
+    wire::run_router(&config, file, listener, listeners)?;
     tracing::info!("ended");
     Ok(ExitCode::SUCCESS)
 }
@@ -80,12 +81,12 @@ fn tenant_claim(tenant: &Tenant) -> Result<Claim, Failure> {
     }
 }
 
-/// The file's words, overridden by variables and options; `socket` is always set.
-fn configuration(args: Args) -> Result<Config, Failure> {
+/// The file's words, overridden by variables and options, and the file; `socket` is always set.
+fn configuration(args: Args) -> Result<(Config, Option<PathBuf>), Failure> {
     let system = PathBuf::from(SYSTEM_CONFIG);
     let file = args.config.or_else(|| (geteuid().is_root() && system.exists()).then_some(system));
-    let mut config = match file {
-        Some(file) => Config::load(&file).map_err(|error| Failure::new(failure::USAGE, error))?,
+    let mut config = match &file {
+        Some(file) => Config::load(file).map_err(|error| Failure::new(failure::USAGE, error))?,
         None => Config::default(),
     };
     config.log = args.log.or(config.log);
@@ -97,7 +98,7 @@ fn configuration(args: Args) -> Result<Config, Failure> {
         runtime::create_default_directory()?;
         config.socket = Some(chosen.path);
     }
-    Ok(config)
+    Ok((config, file))
 }
 
 /// Logs to standard error, which a service manager keeps.

@@ -36,6 +36,14 @@ pub struct Tenant {
     pub total: Overrides,
 }
 
+impl Tenant {
+    /// Whether its members may execute their own work requests.
+    #[must_use]
+    pub fn is_direct(&self, config: &super::Config) -> bool {
+        config.direct && self.mode == Mode::Direct
+    }
+}
+
 /// Who executes work requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

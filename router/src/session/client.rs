@@ -75,6 +75,8 @@ pub(crate) struct Client {
     pub(super) arena: Arena,
     pub(super) region: Region,
     command: String,
+    /// What it asked for, and what it has.
+    wanted: Mode,
     mode: Mode,
     /// The memory of its process, by which what is not shared is reached, and whether a helper does so already.
     process: Option<(Arc<ProcessMemory>, bool)>,
@@ -164,6 +166,7 @@ impl Client {
             arena,
             region,
             command: peer.command(),
+            wanted: hello.mode,
             mode,
             process,
             gids,
@@ -226,6 +229,7 @@ impl Client {
             Request::CreateQp(create) => self.create_qp(create),
             Request::ModifyQp { qpn, mask, attr } => return self.modify_qp(*qpn, *mask, attr, last),
             Request::QueryQp { qpn } => self.query_qp(*qpn),
+            Request::PairQp { qpn } => return self.pair_qp(*qpn),
             Request::AttachMcast { qpn, group } => self.attach_mcast(*qpn, group),
             Request::DetachMcast { qpn, group } => self.detach_mcast(*qpn, group),
             Request::DestroyQp { qpn } => return self.destroy_qp(*qpn, last),
@@ -331,6 +335,14 @@ impl Client {
     /// The clients that execute on its QPs or memory at this moment.
     pub(super) fn held_up_by(&self) -> Vec<u32> {
         self.lane.with(|fabric| fabric.executing_on(self.id))
+    }
+
+    /// Follows its tenant's policy, which may have changed.
+    pub(crate) fn follow_policy(&mut self) {
+        let mode = self.tenant.mode(self.wanted);
+        if std::mem::replace(&mut self.mode, mode) != mode {
+            self.lane.with(|fabric| fabric.set_mode(self.id, mode));
+        }
     }
 
     /// The router's number for it.

@@ -125,6 +125,13 @@ impl Session {
         self.client.as_ref()
     }
 
+    /// Has its client, if it is one, follow its tenant's policy.
+    pub(crate) fn follow_policy(&mut self) {
+        if let Some(client) = &mut self.client {
+            client.follow_policy();
+        }
+    }
+
     /// Whether it said Hello.
     pub(crate) fn is_open(&self) -> bool {
         self.client.is_some() || self.manager.is_some()

@@ -164,6 +164,15 @@ impl Client {
         self.lane.with(|fabric| fabric.query_qp(self.id, qpn)).map(Answer::Attr)
     }
 
+    /// Takes up an offer to connect directly.
+    pub(super) fn pair_qp(&self, qpn: u32) -> Step {
+        match self.lane.with(|fabric| fabric.pair(self.id, qpn)) {
+            Err(errno) => Step::Done(Err(errno)),
+            Ok(None) => Step::Done(Ok(Answer::Done)),
+            Ok(Some((peer, recv_cq))) => Step::Direct(peer, recv_cq),
+        }
+    }
+
     pub(super) fn destroy_qp(&mut self, qpn: u32, last: bool) -> Step {
         if !self.qps.contains_key(&qpn) {
             return Step::Done(Err(Errno::INVAL.raw_os_error()));

@@ -131,6 +131,12 @@ pub enum Request {
         /// The QP number.
         qpn: u32,
     },
+    /// Connects a QP directly, as its header offers. Answered by [`Answer::Direct`], or by [`Answer::Done`] where the
+    /// offer has expired.
+    PairQp {
+        /// The QP number.
+        qpn: u32,
+    },
     /// `ibv_destroy_qp`. When the reply arrives no peer touches its queues any more. EBUSY while it is attached to a
     /// multicast group.
     DestroyQp {

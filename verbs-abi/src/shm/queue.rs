@@ -183,6 +183,13 @@ impl QpHeader {
         self.0.u32(156)
     }
 
+    /// Non-zero: the QP may be connected directly; its owner clears this and asks for the pairing.
+    #[inline]
+    #[must_use]
+    pub fn offer(&self) -> &AtomicU32 {
+        self.0.u32(160)
+    }
+
     /// Receives consumed, which is receive completions written.
     #[inline]
     #[must_use]

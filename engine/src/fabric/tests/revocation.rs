@@ -166,3 +166,44 @@ fn a_seat_that_changes_hands_wakes_nobody() {
     turn(&mut fabric, 1);
     assert_eq!(b.bell.0.load(Ordering::Relaxed), 1);
 }
+
+#[test]
+fn what_may_not_be_direct_any_more_becomes_the_routers() {
+    let (mut fabric, mut a, mut b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut wqe = send(Opcode::Write, a.sge(0, 8));
+    (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
+    // In the middle of something its owner keeps the seat until that is done.
+    assert!(a.area.header.seat().enter());
+    fabric.set_mode(b.client, Mode::Isolated);
+    a.area.header.seat().leave();
+    turn(&mut fabric, 2 * MS);
+    assert!(!owner.run(&a), "the seat is the router's");
+    assert!(!b.area.header.seat().enter());
+    a.bytes()[..8].copy_from_slice(b"isolated");
+    a.post(&wqe);
+    turn(&mut fabric, 2 * MS);
+    assert_eq!(status(a.sends.pop()), WcStatus::Success);
+    assert_eq!(&b.bytes()[..8], b"isolated");
+    assert!(!a.area.header.seat().enter(), "and stays so");
+    assert!(fabric.snapshot().iter().all(|qp| qp.mode == Mode::Isolated));
+}
+
+#[test]
+fn what_may_be_direct_again_is_offered_to_its_owner() {
+    let (mut fabric, mut a, b) = direct_pair();
+    fabric.set_mode(b.client, Mode::Isolated);
+    turn(&mut fabric, 0);
+    assert_eq!(fabric.pair(a.client, a.qpn), Ok(None), "nothing was offered");
+    fabric.set_mode(b.client, Mode::Direct);
+    for app in [&a, &b] {
+        assert_eq!(app.area.header.offer().load(Ordering::Relaxed), 1);
+        let (peer, _) = fabric.pair(app.client, app.qpn).unwrap().expect("it was offered");
+        assert_eq!(peer.qpn, if app.qpn == a.qpn { b.qpn } else { a.qpn });
+    }
+    turn(&mut fabric, 0);
+    let mut owner = Owner::new(&fabric, &a, &b);
+    a.post(&send(Opcode::Write, a.sge(0, 0)));
+    assert!(owner.run(&a));
+    assert_eq!(status(a.sends.pop()), WcStatus::Success);
+}
