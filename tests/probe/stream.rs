@@ -34,7 +34,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     let rounds = thread::scope(|scope| {
         let flows = [(a, b, 0), (b, a, HALF)];
         let threads = flows.map(|(from, to, half)| scope.spawn(move || flow(from, to, half, until)));
-        threads.map(|thread| thread.join().map_err(|_| anyhow!("a direction panicked")).flatten())
+        threads.map(|thread| thread.join().unwrap_or_else(|_| Err(anyhow!("a direction panicked"))))
     });
     for rounds in rounds {
         println!("{} rounds", rounds?);
