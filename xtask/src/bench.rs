@@ -1,6 +1,9 @@
 //! `cargo xtask bench`: the benchmarks of the crates, then the ratios that the whole system promises.
 
 mod connections;
+mod direct;
+mod handover;
+mod peers;
 mod ratios;
 mod wake;
 
@@ -8,10 +11,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use xtask::{
-    bed::{Bed, Mode},
-    interrupt,
-};
+use xtask::{bed::Bed, interrupt};
 
 use crate::{build, packages, table::Table, workspace};
 use ratios::{RATIOS, Ratio};
@@ -36,13 +36,14 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     if !options.system {
         bench_crates(filter)?;
     }
-    let ratios: Vec<&Ratio> = RATIOS.iter().filter(|ratio| ratio.name.contains(filter)).collect();
+    let all = RATIOS.iter().chain(&direct::RATIOS);
+    let ratios: Vec<&Ratio> = all.filter(|ratio| ratio.name.contains(filter)).collect();
     if ratios.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
     packages::require(&packages::TOOLS)?;
-    let bed = Bed::on_one_host(build::tree(options.tree.as_deref())?)?.in_mode(Mode::Isolated);
-    measure(&bed, &ratios)
+    let bed = Bed::on_one_host(build::tree(options.tree.as_deref())?)?;
+    measure(bed, &ratios)
 }
 
 fn bench_crates(filter: &str) -> Result<()> {
@@ -58,17 +59,17 @@ fn bench_crates(filter: &str) -> Result<()> {
 }
 
 /// Measures each ratio, even where one before it failed.
-fn measure(bed: &Bed, ratios: &[&Ratio]) -> Result<ExitCode> {
+fn measure(mut bed: Bed, ratios: &[&Ratio]) -> Result<ExitCode> {
     let mut table = Table::new(&["ratio", "measured", "target", "verdict", "from"]);
     let mut kept = true;
     for ratio in ratios {
         eprintln!("measuring {} ...", ratio.name);
-        let (measured, verdict, from) = match (ratio.measure)(bed) {
+        bed = bed.in_mode(ratio.mode);
+        let (measured, verdict, from) = match (ratio.measure)(&bed) {
             Ok(measurement) => {
-                let met = ratio.target.is_met_by(measurement.figure);
-                kept &= met;
-                let figure = format!("{:.2} {}", measurement.figure, ratio.unit);
-                (figure, if met { "kept" } else { "MISSED" }, measurement.from)
+                let verdict = ratio.target.verdict(measurement.figure);
+                kept &= verdict != "MISSED";
+                (format!("{:.2} {}", measurement.figure, ratio.unit), verdict, measurement.from)
             }
             Err(error) => {
                 interrupt::check()?;
