@@ -6,9 +6,9 @@ mod common;
 use std::{net::Ipv4Addr, process::ExitCode};
 
 use anyhow::{Result, ensure};
-use common::{Stage, container::ContainerPair, device::Device, pingpong, rootfs};
+use common::{Stage, container, device::Device, pingpong, rootfs};
 use libtest_mimic::Trial;
-use xtask::{bed::Bed, matrix::Tier, process, router::Router};
+use xtask::{bed::Bed, matrix::Tier, process};
 
 fn main() -> ExitCode {
     common::run("containers", common::no_tree().or_else(obstacle), trials)
@@ -16,15 +16,7 @@ fn main() -> ExitCode {
 
 /// Why there can be no containers here, where there can be none.
 fn obstacle() -> Option<String> {
-    if !common::is_root() {
-        return Some("only root may make containers on a bridge network".to_owned());
-    }
-    let missing: Vec<&str> =
-        ["podman", "runc", "debootstrap"].into_iter().filter(|&name| !process::has_program(name)).collect();
-    if !missing.is_empty() {
-        return Some(format!("not installed: {}", missing.join(", ")));
-    }
-    rootfs::debian().err().map(|error| format!("no root file system: {error:#}"))
+    container::obstacle().or_else(|| rootfs::debian(rootfs::OURS).err().map(|error| format!("{error:#}")))
 }
 
 fn trials() -> Vec<Trial> {
@@ -40,10 +32,8 @@ fn trials() -> Vec<Trial> {
 
 fn make_bed() -> Result<Bed> {
     let tree = common::tree()?;
-    let router = Router::start(&tree)?;
-    let pair = ContainerPair::start(&tree, router.socket(), &rootfs::debian()?)?;
-    let (server, client) = (pair.server.place(), pair.client.place());
-    Ok(Bed::with_places(tree, router, server, client, Box::new(pair)))
+    let rootfs = rootfs::debian(rootfs::OURS)?;
+    container::bed(tree, [&rootfs, &rootfs])
 }
 
 fn have_no_privilege(bed: &Bed) -> Result<()> {

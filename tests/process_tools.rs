@@ -2,15 +2,15 @@
 
 mod common;
 
-use std::{process::ExitCode, time::Duration};
+use std::{fs, process::ExitCode, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use common::{Stage, device::Device, pingpong};
 use libtest_mimic::Trial;
 use xtask::{
     bed::{Bed, Mode, Pair, Tool},
     matrix::Tier,
-    perftest,
+    perftest, process,
 };
 
 const PAIRS: usize = 16;
@@ -31,6 +31,7 @@ fn trials() -> Vec<Trial> {
             pingpong::play(bed, "ibv_rc_pingpong", &["-s", "1048576", "-c"])
         }),
         stage.trial("16 pairs at once", sixteen_pairs),
+        stage.trial("a libibverbs of an unknown layout is refused with one line", refuses_unknown_layout),
     ];
     trials.extend(pingpong::trials(&stage));
     trials.extend(stage.matrix(Tier::Process));
@@ -47,6 +48,26 @@ fn lists_the_device(bed: &Bed) -> Result<()> {
         "no ff0 with a GUID:\n{}",
         outcome.stdout
     );
+    Ok(())
+}
+
+/// A copy of the installed library that claims a private ABI of the future: the program runs on without the device.
+fn refuses_unknown_layout(bed: &Bed) -> Result<()> {
+    const NODE: &[u8] = b"\0IBVERBS_PRIVATE_";
+    let ask = ["sh", "-c", "ldd $(command -v ibv_devices) | awk '/libibverbs.so.1/ { print $3 }'"];
+    let library = process::run(bed.client.plain_command(&common::words(&ask)), common::SHORT)?.stdout;
+    let mut bytes = fs::read(library.trim())?;
+    let place = bytes.windows(NODE.len()).position(|window| window == NODE).context("no private ABI")?;
+    bytes[place + NODE.len()..][..2].copy_from_slice(b"99");
+    let folder = tempfile::tempdir()?;
+    fs::write(folder.path().join("libibverbs.so.1"), bytes)?;
+
+    let mut command = bed.command(&bed.client, &common::words(&["ibv_devices"]));
+    command.env("LD_LIBRARY_PATH", folder.path());
+    let outcome = process::run(command, common::SHORT)?;
+    ensure!(!outcome.stdout.contains("ff0"), "it is offered all the same:\n{}", outcome.report());
+    let lines: Vec<&str> = outcome.stderr.lines().filter(|line| line.contains("private ABI 99")).collect();
+    ensure!(lines.len() == 1 && lines[0].contains("does not know"), "no line says so:\n{}", outcome.report());
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use verbs_abi::ffi;
 use verbs_abi::proto::Welcome;
 use verbs_abi::shm::wqe;
 
+use crate::abi::library::Verbs;
 use crate::dm;
 use crate::gid::TABLE_LEN;
 
@@ -25,6 +26,10 @@ const VENDOR: u32 = 0xff_ffff;
 /// A part number that perftest knows (it looks at the number alone): on others it silently drops inline data and the
 /// extended post-send interface. No program can take it for the real part, whose vendor id it lacks.
 const PART: u32 = 4119;
+/// Another one, with which perftest knows inline data alone, for rdma-core 45 and newer: beside those there are
+/// releases of perftest (24.10 to 25.04, Debian 13's among them) that ask every device on which they use the extended
+/// interface for a feature of one vendor, and give up.
+const PART_SINCE_45: u32 = 1824;
 /// `IBV_PORT_PHYS_STATE_LINK_UP`.
 const LINK_UP: u8 = 5;
 /// `IBV_QPF_GRH_REQUIRED`, in a header of rdma-core that is not installed.
@@ -45,7 +50,8 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.max_mr_size = welcome.limits.max_mr_size.min(MAX_MR_SIZE);
     attr.page_size_cap = PAGE_SIZE_CAP;
     attr.vendor_id = VENDOR;
-    attr.vendor_part_id = PART;
+    let since_45 = Verbs::loaded().ok().flatten().is_some_and(Verbs::is_45_or_newer);
+    attr.vendor_part_id = if since_45 { PART_SINCE_45 } else { PART };
     attr.max_qp = limit(welcome.limits.max_qp);
     attr.max_qp_wr = limit(wqe::MAX_WR);
     attr.device_cap_flags = ffi::IBV_DEVICE_CURR_QP_STATE_MOD

@@ -27,6 +27,7 @@ mod mcast;
 pub mod memory;
 mod mr;
 mod mw;
+mod old_glibc;
 mod on_demand;
 mod ops;
 mod pd;

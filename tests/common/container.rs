@@ -1,12 +1,17 @@
 //! Two unprivileged podman containers on a bridge network of their own.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 use xtask::{
-    bed::Place,
-    process::{Outcome, clean_up, command, run},
+    bed::{Bed, Place},
+    process::{Outcome, clean_up, command, has_program, run},
+    router::Router,
     tree::Tree,
 };
 
@@ -14,6 +19,24 @@ const PREFIX: &str = "freeflow-";
 const LIMIT: Duration = Duration::from_secs(60);
 /// Where a container finds the directory of the router's socket.
 const SOCKET_FOLDER: &str = "/run/freeflow";
+
+/// Why there can be no containers here, where there can be none.
+pub(crate) fn obstacle() -> Option<String> {
+    if !super::is_root() {
+        return Some("only root may make containers on a bridge network".to_owned());
+    }
+    let missing: Vec<&str> =
+        ["podman", "runc", "mmdebstrap"].into_iter().filter(|&name| !has_program(name)).collect();
+    (!missing.is_empty()).then(|| format!("not installed: {}", missing.join(", ")))
+}
+
+/// A router and two containers on the server's and the client's root file systems.
+pub(crate) fn bed(tree: Tree, rootfs: [&Path; 2]) -> Result<Bed> {
+    let router = Router::start(&tree)?;
+    let pair = ContainerPair::start(&tree, router.socket(), rootfs)?;
+    let (server, client) = (pair.server.place(), pair.client.place());
+    Ok(Bed::with_places(tree, router, server, client, Box::new(pair)))
+}
 
 /// A network and the two containers on it; removed when dropped.
 #[derive(Debug)]
@@ -27,11 +50,12 @@ pub(crate) struct ContainerPair {
 
 impl ContainerPair {
     /// Starts them, with an install tree and the router's socket mounted.
-    pub(crate) fn start(tree: &Tree, socket: &Path, rootfs: &Path) -> Result<Self> {
+    /// The root file systems are the server's and the client's.
+    pub(crate) fn start(tree: &Tree, socket: &Path, rootfs: [&Path; 2]) -> Result<Self> {
         remove_leftovers();
         let network = Network::create()?;
-        let start = |side| Container::start(side, &network, tree, socket, rootfs);
-        Ok(Self { server: start("server")?, client: start("client")?, network })
+        let start = |side, rootfs| Container::start(side, &network, tree, socket, rootfs);
+        Ok(Self { server: start("server", rootfs[0])?, client: start("client", rootfs[1])?, network })
     }
 }
 
@@ -112,7 +136,8 @@ struct Network {
 
 impl Network {
     fn create() -> Result<Self> {
-        let name = format!("{PREFIX}{}", std::process::id());
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{PREFIX}{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         podman(&["network", "create", "--disable-dns", &name])?;
         Ok(Self { name })
     }
@@ -128,7 +153,7 @@ impl Drop for Network {
 fn remove_leftovers() {
     let Ok(list) = podman(&["network", "ls", "--format", "{{.Name}}"]) else { return };
     for name in list.stdout.lines() {
-        let maker = name.strip_prefix(PREFIX).and_then(|pid| pid.parse::<u32>().ok());
+        let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if maker.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
             clean_up(command(["podman", "network", "rm", "--force", name]), LIMIT);
         }

@@ -77,7 +77,7 @@ pub(crate) fn run(
 /// compete for the processor and disturb each other's time limits.
 #[derive(Clone)]
 pub(crate) struct Stage {
-    make: fn() -> Result<Bed>,
+    make: Arc<dyn Fn() -> Result<Bed> + Send + Sync>,
     state: Arc<Mutex<State>>,
 }
 
@@ -91,8 +91,8 @@ enum State {
 
 impl Stage {
     /// A stage whose bed is made by this.
-    pub(crate) fn new(make: fn() -> Result<Bed>) -> Self {
-        Self { make, state: Arc::default() }
+    pub(crate) fn new(make: impl Fn() -> Result<Bed> + Send + Sync + 'static) -> Self {
+        Self { make: Arc::new(make), state: Arc::default() }
     }
 
     /// A test on this stage. What the router logged is shown where it fails.

@@ -47,6 +47,9 @@ const SHIM_OPTIONS: [&str; 20] = [
     "link-arg=-Wl,-soname,libfreeflow-preload.so",
 ];
 
+/// The minor number of the glibc of Debian 11, the oldest system whose containers are served.
+const OLDEST_GLIBC: u32 = 31;
+
 #[derive(Args, Debug, Default)]
 pub(crate) struct Options {
     /// Build without optimisation
@@ -154,6 +157,7 @@ fn artefacts(messages: &str) -> Result<Built> {
 }
 
 fn lay_out(tree: &Tree, built: &Built) -> Result<()> {
+    check_glibc(&built.provider)?;
     install(&built.program, &tree.program())?;
     let [first, others @ ..] = PROVIDER_ABIS;
     install(&built.provider, &tree.provider(first))?;
@@ -163,6 +167,30 @@ fn lay_out(tree: &Tree, built: &Built) -> Result<()> {
     compile_shim(&tree.preload())?;
     copy_folder(&workspace().join("provider/sysfs/class"), &tree.sysfs().join("class"))?;
     write_manuals(tree)
+}
+
+/// Fails where the provider asks for a C library that the oldest system to be served does not have.
+fn check_glibc(provider: &Path) -> Result<()> {
+    let file = fs::read(provider).with_context(|| format!("cannot read {}", provider.display()))?;
+    let newest = newest_glibc(&file);
+    ensure!(
+        newest <= OLDEST_GLIBC,
+        "the provider asks for glibc 2.{newest}, and Debian 11 has 2.{OLDEST_GLIBC}: add what \
+         `objdump -T {}` shows with that version to the table in provider/build.rs",
+        provider.display()
+    );
+    Ok(())
+}
+
+/// The greatest N of the version names `GLIBC_2.N` in a file.
+fn newest_glibc(file: &[u8]) -> u32 {
+    const NAME: &[u8] = b"\0GLIBC_2.";
+    let names = file.windows(NAME.len()).enumerate().filter(|(_, window)| *window == NAME);
+    let numbers = names.filter_map(|(at, _)| {
+        let digits = file[at + NAME.len()..].split(|byte| !byte.is_ascii_digit()).next()?;
+        std::str::from_utf8(digits).ok()?.parse().ok()
+    });
+    numbers.max().unwrap_or(0)
 }
 
 /// The shim stands outside the workspace: it must link to nothing, or it would kill programs of older images.
@@ -258,6 +286,12 @@ mod tests {
         let error =
             artefacts(r#"{"target":{"name":"freeflow"},"filenames":[],"executable":"/t/release/freeflow"}"#);
         assert!(error.unwrap_err().to_string().contains("libfreeflow.so"));
+    }
+
+    #[test]
+    fn the_newest_glibc_is_the_greatest_number_among_the_names() {
+        assert_eq!(newest_glibc(b"x\0GLIBC_2.2.5\0GLIBC_2.30\0GLIBC_2.4\0"), 30);
+        assert_eq!(newest_glibc(b"GLIBC_2.99 is not a name\0GCC_3.0\0"), 0);
     }
 
     #[test]

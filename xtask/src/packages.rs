@@ -42,7 +42,7 @@ pub(crate) const CONTAINERS: [Package; 7] = [
     package("netavark", "/usr/lib/podman/netavark", "podman's bridge networks"),
     package("aardvark-dns", "/usr/lib/podman/aardvark-dns", "podman's bridge networks"),
     package("iptables", "iptables", "podman's bridge networks"),
-    package("debootstrap", "debootstrap", "root file systems for the containers"),
+    package("mmdebstrap", "mmdebstrap", "root file systems of Debian's releases for the containers"),
 ];
 
 /// Installs those that are missing, saying what and why. Who may not is told the one command that does.

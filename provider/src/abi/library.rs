@@ -125,6 +125,11 @@ impl Verbs {
         }
     }
 
+    /// Whether it is of release 45 or newer, where extended QPs grew.
+    pub(crate) fn is_45_or_newer(&self) -> bool {
+        self.qp_comp_mask == QP_COMP_MASK[2]
+    }
+
     fn of(library: Library) -> Result<Verbs, LibraryError> {
         let path = || library.object.path.to_string_lossy().into_owned();
         let nodes = library.object.version_nodes();
