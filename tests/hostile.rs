@@ -36,6 +36,8 @@ mod rig;
 mod sizes;
 #[path = "hostile/tenants.rs"]
 mod tenants;
+#[path = "hostile/unsealed.rs"]
+mod unsealed;
 #[path = "hostile/windows.rs"]
 mod windows;
 #[path = "hostile/words.rs"]
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
             direct::cases(),
             tenants::cases(),
             manager::cases(),
+            unsealed::cases(),
         ];
         let cases: Vec<_> = cases.into_iter().flatten().collect();
         let (series, count) = (Series::default(), cases.len());

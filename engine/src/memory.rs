@@ -41,6 +41,12 @@ pub trait Memory {
     /// pointer is valid for reads and writes of `len` bytes until the MR is invalidated and the seat has left.
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>>;
 
+    /// Whether all that was read from it so far was its content. Memory that the kernel could not give any more is
+    /// zeros from then on, and what was copied from it is worth nothing.
+    fn is_intact(&self) -> bool {
+        true
+    }
+
     /// Whether this seat can reach the range at all. One that cannot leaves the whole request to the router.
     fn reaches(&self, _mr: &MrEntry, _addr: u64, _len: u64) -> bool {
         true

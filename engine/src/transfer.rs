@@ -41,6 +41,15 @@ impl<M: Memory> Side<'_, M> {
         }
     }
 
+    /// Whether what was copied from it is its content.
+    #[inline]
+    fn is_intact(&self) -> bool {
+        match self {
+            Self::Spans(memory, _) => memory.is_intact(),
+            Self::Bytes(_) => true,
+        }
+    }
+
     fn foreign_runs(&self, skip: u64, len: u64) -> Vec<Run> {
         match self {
             Self::Spans(_, spans) => foreign_runs(spans, skip, len),
@@ -173,7 +182,11 @@ fn copy<M: Memory>(from: Side<'_, M>, to: (&M, &[Span]), skip: (u64, u64), len: 
         target.advance(n);
         left -= n as u64;
     }
-    Ok(len)
+    match (from.is_intact(), to.0.is_intact()) {
+        (true, true) => Ok(len),
+        (false, _) => Err(Broken::Source),
+        (true, false) => Err(Broken::Target),
+    }
 }
 
 /// The same where something is foreign, a slice at a time. The mapped piece that holds the last byte is placed last,
@@ -265,7 +278,7 @@ impl Piece<'_> {
             // SAFETY: the pointer is valid for `len` bytes as `Memory::mapped` promises; the buffer is ours.
             unsafe { place(from.as_ptr(), into.as_mut_ptr(), len) };
         }
-        Ok(())
+        if memory.is_intact() { Ok(()) } else { Err(()) }
     }
 
     /// Places it from the slice's buffer, if it is mapped.
@@ -277,7 +290,7 @@ impl Piece<'_> {
             // SAFETY: as above.
             unsafe { place(from.as_ptr(), to.as_ptr(), len) };
         }
-        Ok(())
+        if memory.is_intact() { Ok(()) } else { Err(()) }
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use rustix::{
@@ -19,6 +20,7 @@ use verbs_abi::shm::{
 };
 
 use crate::{
+    guard::{self, Health},
     heap::{CHUNK, Heap, pages},
     segment,
 };
@@ -30,6 +32,7 @@ pub(crate) struct Arena {
     fixed: Window,
     chunks: BTreeMap<u64, Window>,
     heap: Heap,
+    health: Arc<Health>,
 }
 
 /// A piece of an arena, given to one QP or CQ.
@@ -42,12 +45,13 @@ pub(crate) struct Place {
 }
 
 impl Arena {
-    /// A new arena with its header written.
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A new arena with its header written. What happens to its memory concerns `health`.
+    pub(crate) fn new(health: &Arc<Health>) -> io::Result<Self> {
         let file = segment::sealed(c"freeflow-arena", ARENA_LEN as u64)?;
-        let fixed = map(&file, 0, CHUNK as usize)?;
+        let fixed = map(&file, 0, CHUNK as usize, health)?;
         arena::initialise(&fixed);
-        Ok(Self { file, fixed: fixed.clone(), chunks: BTreeMap::from([(0, fixed)]), heap: Heap::new() })
+        let (chunks, heap) = (BTreeMap::from([(0, fixed.clone())]), Heap::new());
+        Ok(Self { file, fixed, chunks, heap, health: Arc::clone(health) })
     }
 
     /// The fixed part: header, doorbells, events, MR table.
@@ -82,7 +86,7 @@ impl Arena {
             Entry::Occupied(chunk) => chunk.into_mut(),
             Entry::Vacant(room) => {
                 let start = place.offset / CHUNK * CHUNK;
-                room.insert(map(&self.file, start, CHUNK as usize)?)
+                room.insert(map(&self.file, start, CHUNK as usize, &self.health)?)
             }
         };
         chunk.sub(place.offset % CHUNK, place.len).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
@@ -95,12 +99,12 @@ impl AsFd for Arena {
     }
 }
 
-/// Maps part of a client's file, for reading and writing; left out of core dumps.
-pub(crate) fn map(file: impl AsFd, offset: u64, len: usize) -> io::Result<Window> {
+/// Maps part of a client's file, for reading and writing; left out of core dumps, and guarded.
+pub(crate) fn map(file: impl AsFd, offset: u64, len: usize, health: &Arc<Health>) -> io::Result<Window> {
     let window = Window::map(file, offset, len, true)?;
     // SAFETY: the range is exactly the fresh mapping; the advice changes what a core dump holds, not the bytes.
     unsafe { madvise(window.as_ptr().cast(), len, Advice::LinuxDontDump) }?;
-    Ok(window)
+    Ok(guard::guarded(window, health))
 }
 
 #[cfg(test)]
@@ -113,14 +117,14 @@ mod tests {
 
     #[test]
     fn a_client_finds_the_layout_it_knows() {
-        let arena = Arena::new().unwrap();
+        let arena = Arena::new(&Arc::default()).unwrap();
         let whole = Window::map(&arena, 0, ARENA_LEN, true).unwrap();
         assert!(arena::is_known(&whole));
     }
 
     #[test]
     fn an_object_lies_where_its_offset_says_and_comes_back_as_zeros() {
-        let mut arena = Arena::new().unwrap();
+        let mut arena = Arena::new(&Arc::default()).unwrap();
         let whole = Window::map(&arena, 0, ARENA_LEN, true).unwrap();
         // The third object of this size lies in the second chunk.
         let len = 400 << 20;
@@ -137,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_full_arena_is_an_error() {
-        let mut arena = Arena::new().unwrap();
+        let mut arena = Arena::new(&Arc::default()).unwrap();
         assert!(arena.place(2 * CHUNK as usize).is_err());
         assert!(arena.place(PAGE).is_ok());
     }

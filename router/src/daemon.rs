@@ -8,7 +8,9 @@
 //!
 //! A client ends when its process does or its connection closes, whichever is first.
 
+mod addresses;
 mod doors;
+mod faults;
 mod manage;
 mod policy;
 mod status;
@@ -41,7 +43,7 @@ use crate::{
     broker::Broker,
     config::Config,
     error::DaemonError,
-    guid,
+    guard, guid,
     lane::Lane,
     session::{Hello, Parting, Session, Step, Terms},
     signals::{Signals, Wish},
@@ -56,9 +58,7 @@ const SOON: Duration = Duration::from_millis(1);
 /// Addresses older than this are read again when a connection is made.
 const ADDRESS_AGE: Duration = Duration::from_secs(1);
 
-/// Other clients of a tenant whose addresses are read again when one of them gets a UD QP ready.
-const REFRESHED: usize = 64;
-
+const FAULTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const STOP: u64 = 2;
 const LANE_ENDED: u64 = 3;
@@ -93,6 +93,7 @@ pub fn run(
 ) -> Result<End, DaemonError> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| DaemonError::SetUp { what: "privacy", source: error.into() })?;
+    guard::install();
     let mut daemon = Daemon::with_tenants(config, listener, tenants)?;
     daemon.policy = file.map(|file| Policy { file, config: config.clone() });
     daemon.run()
@@ -171,14 +172,16 @@ impl Daemon {
         let operator = (!config.tenants.is_empty()).then(|| Tenant::operator(config));
         let listeners = std::iter::once(listener).chain(tenants);
         let doors: Vec<_> = listeners.zip(operator.into_iter().chain(known)).collect();
-        let make =
-            || -> io::Result<_> { Ok((epoll::create(epoll::CreateFlags::CLOEXEC)?, event()?, event()?)) };
-        let (epoll, stop, lane_ended) = make().map_err(set_up("event handling"))?;
+        let make = || -> io::Result<_> {
+            Ok((epoll::create(epoll::CreateFlags::CLOEXEC)?, event()?, event()?, event()?))
+        };
+        let (epoll, stop, lane_ended, faults) = make().map_err(set_up("event handling"))?;
         let watch = |file: &OwnedFd, token| watch(&epoll, file, token, epoll::EventFlags::IN);
         let doors_watched = (DOORS..).zip(&doors).try_for_each(|(token, door)| watch(&door.0, token));
         doors_watched
             .and_then(|()| watch(&stop, STOP))
             .and_then(|()| watch(&lane_ended, LANE_ENDED))
+            .and_then(|()| watch(&faults, FAULTS))
             .map_err(set_up("event handling"))?;
         let now = Instant::now();
         Ok(Self {
@@ -186,7 +189,7 @@ impl Daemon {
             epoll,
             stop,
             lane_ended,
-            terms: terms(lane),
+            terms: terms(lane, faults),
             sessions: BTreeMap::new(),
             next_session: FIRST_SESSION,
             clients: 0,
@@ -252,6 +255,7 @@ impl Daemon {
                         Some(_) => return Ok(End::Told),
                     },
                     STOP => return Ok(End::Told),
+                    FAULTS => self.drop_spoilt(),
                     LANE_ENDED => return Err(DaemonError::LaneEnded),
                     door @ DOORS.. => self.accept((door - DOORS) as usize),
                     token => self.attend(token, event.flags),
@@ -446,24 +450,6 @@ impl Daemon {
             let _ = epoll::delete(&self.epoll, process);
         }
     }
-
-    /// Reads the addresses of a client and of its new peer again that were not read for a while. Where there is no
-    /// peer, a datagram may go to anybody of the tenant: some of those are read whose turn it is.
-    fn refresh_gids(&mut self, id: u32, peer_qpn: u32) {
-        let Some(tenant) = self.sessions.get(&id).map(|session| session.tenant().index) else { return };
-        let peer = self.terms.lane.with(|fabric| fabric.owner_of(peer_qpn));
-        let of_tenant = |session: &&mut Session| session.tenant().index == tenant;
-        if peer_qpn == 0 {
-            let sessions = self.sessions.values_mut().filter(of_tenant);
-            let stale = sessions.filter(|session| session.gids_age() >= ADDRESS_AGE);
-            stale.take(REFRESHED).for_each(|session| session.refresh_gids(ADDRESS_AGE));
-        }
-        for id in [Some(id), peer].into_iter().flatten() {
-            if let Some(session) = self.sessions.get_mut(&id).filter(|session| of_tenant(session)) {
-                session.refresh_gids(ADDRESS_AGE);
-            }
-        }
-    }
 }
 
 /// The QP's new peer, if a request makes a connection: the addresses of both ends must be those of now.
@@ -482,13 +468,14 @@ fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags)
     Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
 }
 
-fn terms(lane: Arc<Lane>) -> Terms {
+fn terms(lane: Arc<Lane>, faults: OwnedFd) -> Terms {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Terms {
         lane,
         ringer: Ringer::new(),
         claims: Arc::default(),
         guid: guid::of_this_host(),
+        faults: Arc::new(faults),
         cores: u32::try_from(cores).unwrap_or(u32::MAX),
     }
 }

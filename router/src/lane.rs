@@ -26,7 +26,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
 use verbs_abi::shm::lane::{self, LanePage, WakeWord};
 
-use crate::{helper::WayBack, memory::ClientMemory, segment};
+use crate::{guard::Health, helper::WayBack, memory::ClientMemory, segment};
 
 /// Turns with the fabric locked, after which others get it.
 const TURNS: u32 = 16;
@@ -62,6 +62,8 @@ pub(crate) struct Lane {
     own_word: Option<WakeWord>,
     /// One a tenant, and the file by which its clients wake this lane.
     words: Vec<(WakeWord, OwnedFd)>,
+    /// Of all words.
+    health: Arc<Health>,
     way_back: WayBack,
     stopping: AtomicBool,
     sleeps: AtomicU64,
@@ -71,8 +73,10 @@ impl Lane {
     /// A lane for so many tenants that does not run yet.
     pub(crate) fn new(tenants: usize) -> io::Result<Arc<Self>> {
         let (page, page_file) = segment::lane_page()?;
-        let words = (0..tenants.max(1)).map(|_| segment::wake_page()).collect::<io::Result<Vec<_>>>()?;
-        let own_word = if tenants > 1 { Some(segment::wake_page()?.0) } else { None };
+        let health = Arc::<Health>::default();
+        let wake_page = || segment::wake_page(&health);
+        let words = (0..tenants.max(1)).map(|_| wake_page()).collect::<io::Result<Vec<_>>>()?;
+        let own_word = if tenants > 1 { Some(wake_page()?.0) } else { None };
         if let Some(own) = &own_word {
             let unlike = own.seen().wrapping_add(1);
             lane::sleep_on_any([(own, unlike)].into_iter(), None)
@@ -87,6 +91,7 @@ impl Lane {
             page_file,
             own_word,
             words,
+            health,
             way_back,
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
@@ -157,7 +162,7 @@ impl Lane {
         raise_priority();
         let crowded = thread::available_parallelism().map_or(1, usize::from) < CORES_TO_SPIN;
         let (mut busy_looks, mut idle_since) = (0_u32, None);
-        let mut seen = Vec::new();
+        let (mut seen, mut told) = (Vec::new(), false);
         while !self.stopping.load(Ordering::SeqCst) {
             let look = self.look();
             if look.worked {
@@ -174,6 +179,11 @@ impl Lane {
                 continue;
             }
             self.doze(&mut seen);
+            if self.health.is_spoilt() && !std::mem::replace(&mut told, true) {
+                tracing::error!(
+                    "a page by which clients wake the data path is gone; it looks around once a second; restart this router"
+                );
+            }
             (busy_looks, idle_since) = (0, None);
         }
     }

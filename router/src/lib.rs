@@ -4,6 +4,7 @@
 //! daemon     accepts, waits, ends          session   one connection: order of requests, then their meaning
 //! lane       the data path's thread        identity  who a client is        addresses  its GIDs
 //! tenant, account, claims                   trust domains, quotas, addresses
+//! guard      faults in what is shared with clients
 //! arena, region, memory                    what a client shares, and how the engine reaches it
 //! helper     reaches what a client does not share
 //! bell       rings clients                 client    asks a running router (command line)
@@ -21,6 +22,7 @@ pub mod config;
 pub mod daemon;
 mod descriptor;
 pub mod error;
+mod guard;
 mod guid;
 mod heap;
 mod helper;

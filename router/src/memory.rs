@@ -4,7 +4,7 @@
 //! The keys that count are those in this process; the table in the arena is a copy for direct peers' eyes,
 //! which the client itself can overwrite.
 
-use std::{cell::Cell, collections::HashMap, ptr::NonNull};
+use std::{cell::Cell, collections::HashMap, ptr::NonNull, sync::Arc};
 
 use engine::{Access, Bound, CHOSEN_BITS, Memory, MemoryWindow};
 use verbs_abi::shm::{
@@ -12,7 +12,7 @@ use verbs_abi::shm::{
     mr_table::{MrEntry, MrTable, WINDOW, index_of},
 };
 
-use crate::helper::Helper;
+use crate::{guard::Health, helper::Helper};
 
 /// Memory and keys of one client.
 #[derive(Debug)]
@@ -23,6 +23,7 @@ pub(crate) struct ClientMemory {
     table: MrTable,
     /// Reaches what is not mapped; started when there is such memory.
     helper: Option<Helper>,
+    health: Arc<Health>,
 }
 
 #[derive(Debug)]
@@ -35,9 +36,9 @@ struct Mr {
 }
 
 impl ClientMemory {
-    /// No memory yet. `table` is the copy in the client's arena.
-    pub(crate) fn new(table: MrTable) -> Self {
-        Self { mrs: Vec::new(), windows: HashMap::new(), table, helper: None }
+    /// No memory yet. `table` is the copy in the client's arena, `health` that of all it shares.
+    pub(crate) fn new(table: MrTable, health: Arc<Health>) -> Self {
+        Self { mrs: Vec::new(), windows: HashMap::new(), table, helper: None, health }
     }
 
     /// Sets who reaches what is not mapped.
@@ -164,6 +165,11 @@ impl Memory for ClientMemory {
         }
         NonNull::new(window.as_ptr().wrapping_add(offset))
     }
+
+    #[inline]
+    fn is_intact(&self) -> bool {
+        !self.health.is_spoilt()
+    }
 }
 
 #[cfg(test)]
@@ -174,7 +180,7 @@ mod tests {
 
     fn memory() -> ClientMemory {
         let arena = Window::heap(arena::MR_TABLE as usize + arena::MAX_MR as usize * BLOCK);
-        ClientMemory::new(MrTable::new(&arena).unwrap())
+        ClientMemory::new(MrTable::new(&arena).unwrap(), Arc::default())
     }
 
     fn entry(key: u32) -> MrEntry {

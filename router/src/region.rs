@@ -9,11 +9,12 @@ use std::{
     io,
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use verbs_abi::shm::{Window, arena::REGION_LEN};
 
-use crate::{arena, segment};
+use crate::{arena, guard::Health, segment};
 
 /// Pieces start and end on multiples of this.
 const CHUNK: u64 = 256 << 20;
@@ -25,12 +26,14 @@ const MAX_VIEWS: usize = 8192;
 pub(crate) struct Region {
     file: OwnedFd,
     views: BTreeMap<(u64, u64), (Window, u32)>,
+    health: Arc<Health>,
 }
 
 impl Region {
-    /// A new region. File offset is application address.
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { file: segment::sealed(c"freeflow-region", REGION_LEN)?, views: BTreeMap::new() })
+    /// A new region. File offset is application address. What happens to its memory concerns `health`.
+    pub(crate) fn new(health: &Arc<Health>) -> io::Result<Self> {
+        let file = segment::sealed(c"freeflow-region", REGION_LEN)?;
+        Ok(Self { file, views: BTreeMap::new(), health: Arc::clone(health) })
     }
 
     /// The window of the addresses `range`. Each call is answered by one of [`Self::release`].
@@ -42,7 +45,7 @@ impl Region {
             Entry::Vacant(_) if full => return Err(io::ErrorKind::OutOfMemory.into()),
             Entry::Vacant(room) => {
                 let len = usize::try_from(end - start).map_err(|_| io::ErrorKind::OutOfMemory)?;
-                room.insert((arena::map(&self.file, start, len)?, 0))
+                room.insert((arena::map(&self.file, start, len, &self.health)?, 0))
             }
         };
         let len = (range.end - range.start) as usize;
@@ -81,7 +84,7 @@ mod tests {
 
     #[test]
     fn an_offset_of_the_file_is_the_address_of_the_application() {
-        let mut region = Region::new().unwrap();
+        let mut region = Region::new(&Arc::default()).unwrap();
         let range = 0x7f12_3456_7000..0x7f12_3456_9000;
         let window = region.view(&range).unwrap();
         window.u64(8).store(5, Ordering::Relaxed);
@@ -91,7 +94,7 @@ mod tests {
 
     #[test]
     fn neighbours_share_a_mapping_and_the_last_user_ends_it() {
-        let mut region = Region::new().unwrap();
+        let mut region = Region::new(&Arc::default()).unwrap();
         let ranges: Vec<_> = (0..1000u64).map(|i| 0x1000_0000 + i * 8192..0x1000_1000 + i * 8192).collect();
         ranges.iter().for_each(|range| drop(region.view(range).unwrap()));
         assert_eq!(region.views.len(), 1);
@@ -101,7 +104,7 @@ mod tests {
 
     #[test]
     fn memory_beyond_four_gigabytes_is_one_piece() {
-        let mut region = Region::new().unwrap();
+        let mut region = Region::new(&Arc::default()).unwrap();
         let range = 0x5000..0x5000 + (6 << 30);
         assert_eq!(region.view(&range).unwrap().len(), 6 << 30);
         assert!(region.view(&(0..REGION_LEN)).is_err(), "more than an address space holds");

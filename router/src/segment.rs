@@ -1,6 +1,6 @@
 //! Memory files that clients can map but never resize.
 
-use std::{ffi::CStr, io, os::fd::OwnedFd};
+use std::{ffi::CStr, io, os::fd::OwnedFd, sync::Arc};
 
 use rustix::{
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
@@ -10,6 +10,8 @@ use verbs_abi::shm::{
     PAGE, Window,
     lane::{LanePage, WakeWord},
 };
+
+use crate::guard::{self, Health};
 
 /// A sparse file of `len` bytes. Its size is sealed: a truncated file would be a SIGBUS in whoever maps it.
 pub(crate) fn sealed(name: &CStr, len: u64) -> io::Result<OwnedFd> {
@@ -29,10 +31,11 @@ pub(crate) fn lane_page() -> io::Result<(LanePage, OwnedFd)> {
     Ok((LanePage::new(window), file))
 }
 
-/// The word that a lane sleeps on, and a file by which clients wake it.
-pub(crate) fn wake_page() -> io::Result<(WakeWord, OwnedFd)> {
+/// The word that a lane sleeps on, and a file by which clients wake it. Its memory concerns `health`.
+pub(crate) fn wake_page(health: &Arc<Health>) -> io::Result<(WakeWord, OwnedFd)> {
     let file = sealed(c"freeflow-wake", PAGE as u64)?;
-    Ok((WakeWord::new(Window::map(&file, 0, PAGE, true)?), file))
+    let window = guard::guarded(Window::map(&file, 0, PAGE, true)?, health);
+    Ok((WakeWord::new(window), file))
 }
 
 /// A file with `bytes` in it, read from its start.

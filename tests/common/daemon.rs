@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -39,6 +40,11 @@ impl Daemon {
     pub(crate) fn start_with(tree: &Tree, socket: &Path, words: &[&str]) -> Result<Self> {
         let mut start = command([tree.program()]);
         start.args(["router", "--socket"]).arg(socket).args(words);
+        Self::start_by(tree, socket, start)
+    }
+
+    /// The same by a command of the test's own.
+    pub(crate) fn start_by(tree: &Tree, socket: &Path, start: Command) -> Result<Self> {
         let job = Job::spawn(start, LIFE)?;
         let mut daemon = Self { job, tree: tree.clone(), socket: socket.to_owned() };
         let began = Instant::now();

@@ -54,6 +54,11 @@ impl Field {
     fn new() -> Result<Self> {
         let directory = TempDir::with_prefix("freeflow-")?;
         let daemon = Daemon::start(&common::tree()?, &directory.path().join("router.sock"))?;
+        Self::around(daemon, directory)
+    }
+
+    /// Bystanders at a router of the case's own.
+    pub(crate) fn around(daemon: Daemon, directory: TempDir) -> Result<Self> {
         let bystander = Bystander::start(&daemon.socket)?;
         Ok(Self { bystander, daemon, clients: 2, _directory: directory })
     }
@@ -76,6 +81,11 @@ impl Field {
         Client::open(self.socket(), Mode::Isolated)
     }
 
+    /// What the router has written so far.
+    pub(crate) fn log(&self) -> String {
+        self.daemon.log()
+    }
+
     pub(crate) fn status(&self) -> Result<Status> {
         router::client::status(self.socket()).context("the router does not answer")
     }
@@ -86,7 +96,7 @@ impl Field {
     }
 
     /// What must hold after each case.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.bystander.check()?;
         eventually("nothing of the hostile client is left", || {
             let status = self.status()?;

@@ -28,7 +28,7 @@ use verbs_abi::{
 use crate::client::{Client, LEN, RIGHTS, ask, dial, event, eventually, hello};
 
 /// The first word of a puppet's command line.
-const MARK: &str = "--puppet";
+pub(crate) const MARK: &str = "--puppet";
 /// How long a puppet lives at most.
 const LIFE: Duration = Duration::from_secs(120);
 /// Steps of a device's life, from connecting to a connected QP.
@@ -159,6 +159,7 @@ fn perform(words: &[&str]) -> Result<()> {
             child.args([MARK, "speak-later", &own]).stdin(endpoint.as_fd().try_clone_to_owned()?);
             child.spawn()?;
         }
+        ["unsealed", program, socket] => crate::unsealed::serve(Path::new(program), Path::new(socket))?,
         _ => bail!("no such part: {words:?}"),
     }
     Ok(())

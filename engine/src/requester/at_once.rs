@@ -45,7 +45,7 @@ impl Requester {
             Some(target) => {
                 // SAFETY: both are valid for `len` bytes, as `Memory::mapped` promises or as a slice of that length.
                 unsafe { place(source.as_ptr(), target.as_ptr(), len as usize) };
-                true
+                local.is_intact() && remote.is_intact()
             }
             None => false,
         }

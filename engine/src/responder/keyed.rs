@@ -60,8 +60,11 @@ impl Responder {
             return Reply::OutOfReach;
         }
         match mapped_word(memory, &span) {
-            // SAFETY: eight mapped bytes, aligned: the application's address is, and pages keep alignment.
-            Some(word) => Reply::Found(unsafe { atomic(word.as_ptr(), operation) }),
+            Some(word) => {
+                // SAFETY: eight mapped bytes, aligned: the application's address is, and pages keep alignment.
+                let found = unsafe { atomic(word.as_ptr(), operation) };
+                if memory.is_intact() { Reply::Found(found) } else { OPERATION }
+            }
             None => match stage.want_atomic(span.addr, operation) {
                 Ok(()) => Reply::Foreign,
                 Err(_) => OPERATION,

@@ -11,7 +11,7 @@ use verbs_abi::{
     shm::LAYOUT_VERSION,
 };
 
-use super::{ADDRESS_AGE, Daemon, REFRESHED};
+use super::{ADDRESS_AGE, Daemon, addresses::REFRESHED};
 use crate::session::Parting;
 
 impl Daemon {

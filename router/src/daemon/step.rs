@@ -5,7 +5,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{DOORS, Daemon, FIRST_SESSION};
+use super::{DOORS, Daemon, FAULTS, FIRST_SESSION};
 use crate::error::DaemonError;
 
 impl Daemon {
@@ -25,6 +25,7 @@ impl Daemon {
         };
         for event in &events[..count] {
             match event.data.u64() {
+                FAULTS => self.drop_spoilt(),
                 door @ DOORS.. => self.accept((door - DOORS) as usize),
                 token if token >= u64::from(FIRST_SESSION) * 2 => self.attend(token, event.flags),
                 _ => {}

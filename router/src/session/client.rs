@@ -24,6 +24,7 @@ use crate::{
     arena::Arena,
     bell::{EventBell, Ringer},
     claims::Claims,
+    guard::Health,
     helper::{Helper, ProcessMemory},
     identity::Peer,
     lane::Lane,
@@ -49,6 +50,8 @@ pub(crate) struct Terms {
     pub(crate) claims: Arc<Claims>,
     /// Node GUID.
     pub(crate) guid: [u8; 8],
+    /// An eventfd that counts up when the memory of a client fails.
+    pub(crate) faults: Arc<OwnedFd>,
     /// Cores of this host.
     pub(crate) cores: u32,
 }
@@ -72,6 +75,8 @@ pub(crate) struct Client {
     tenant: Arc<Tenant>,
     /// What it holds.
     pub(super) account: Account,
+    /// Of arena and region.
+    health: Arc<Health>,
     pub(super) arena: Arena,
     pub(super) region: Region,
     command: String,
@@ -135,13 +140,14 @@ impl Client {
         let bell = bell.ok_or(Errno::BADF.raw_os_error())?;
         let process = peer.memory(fds.next()).map(|file| (Arc::new(ProcessMemory::new(file)), false));
         let mode = tenant.mode(hello.mode);
-        let made = || -> io::Result<_> { Ok((Arena::new()?, Region::new()?)) };
+        let health = Arc::new(Health::new(&terms.faults));
+        let made = || -> io::Result<_> { Ok((Arena::new(&health)?, Region::new(&health)?)) };
         let (arena, region) = made().map_err(|error| errno(&error))?;
         let gids = Gids::new(hello.id, tenant, &terms.claims, peer);
         let fixed = arena.fixed();
         let parts = || Some((Doorbells::new(fixed)?, EventWriter::new(fixed)?, MrTable::new(fixed)?));
         let (doorbells, events, table) = parts().ok_or(Errno::NOMEM.raw_os_error())?;
-        let memory = ClientMemory::new(table);
+        let memory = ClientMemory::new(table, Arc::clone(&health));
         let init = ClientInit {
             tenant: tenant.index,
             mode,
@@ -163,6 +169,7 @@ impl Client {
             limits,
             tenant: Arc::clone(tenant),
             account,
+            health,
             arena,
             region,
             command: peer.command(),
@@ -343,6 +350,11 @@ impl Client {
         if std::mem::replace(&mut self.mode, mode) != mode {
             self.lane.with(|fabric| fabric.set_mode(self.id, mode));
         }
+    }
+
+    /// Whether memory that it shares is gone.
+    pub(crate) fn is_spoilt(&self) -> bool {
+        self.health.is_spoilt()
     }
 
     /// The router's number for it.

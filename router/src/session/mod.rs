@@ -55,6 +55,9 @@ pub(crate) enum Parting {
     /// A descriptor too many or too few.
     #[error("protocol violation: {0} descriptors with a request")]
     Descriptors(usize),
+    /// The kernel could not give, or keep, memory that it shares.
+    #[error("memory that it shares is gone; is the host out of memory?")]
+    Spoilt,
     /// It does not take its replies.
     #[error("a reply could not be sent: {0}")]
     Unread(ProtoError),

@@ -3,6 +3,7 @@
 //! Leaves to others: what the words mean (the sibling modules), who created the descriptor (the router).
 
 use std::{
+    any::Any,
     fmt, io,
     os::fd::AsFd,
     ptr::NonNull,
@@ -20,6 +21,8 @@ enum Backing {
     Mapping { base: NonNull<u8>, len: usize },
     /// Ordinary memory of this process, for tests and models.
     Heap { _words: Vec<u64> },
+    /// Any of these, with something that goes before it does.
+    Attended { _attendant: Box<dyn Any + Send + Sync>, _backing: Arc<Backing> },
 }
 
 // SAFETY: the mapping is plain memory; all access goes through atomics or raw copies.
@@ -78,6 +81,13 @@ impl Window {
         let skip = words.as_ptr().align_offset(BLOCK);
         let base = NonNull::from(&mut words[skip]).cast::<u8>();
         Self { base, len, backing: Arc::new(Backing::Heap { _words: words }) }
+    }
+
+    /// The same bytes, with something that is dropped when nobody uses them any more, and before they are unmapped.
+    #[must_use]
+    pub fn attended(self, attendant: Box<dyn Any + Send + Sync>) -> Self {
+        let backing = Backing::Attended { _attendant: attendant, _backing: self.backing };
+        Self { backing: Arc::new(backing), ..self }
     }
 
     /// Bytes in this window.
@@ -193,6 +203,17 @@ mod tests {
         assert!(window.sub(0, 256).is_some());
         assert!(window.sub(1, 256).is_none());
         assert!(window.sub(u64::MAX, 2).is_none());
+    }
+
+    #[test]
+    fn an_attendant_goes_with_the_last_user() {
+        let attendant = Arc::new(());
+        let window = Window::heap(256).attended(Box::new(Arc::clone(&attendant)));
+        let part = window.sub(64, 64).unwrap();
+        drop(window);
+        assert_eq!(Arc::strong_count(&attendant), 2);
+        drop(part);
+        assert_eq!(Arc::strong_count(&attendant), 1);
     }
 
     #[test]
