@@ -18,7 +18,7 @@ use xtask::{
     process::{Job, command, has_program},
 };
 
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(220);
 
 /// Allocators of Debian 12, which give memory back as soon as they can.
 const ALLOCATORS: [(&str, &str); 2] = [

@@ -16,7 +16,7 @@ use super::Stage;
 /// Who executes a client's work requests.
 pub(crate) const MODES: [&str; 2] = ["isolated", "direct"];
 /// A check's limit; the probe ends itself before that.
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(220);
 
 /// The program that cargo built for this test.
 pub(crate) fn path() -> &'static str {

@@ -7,7 +7,7 @@ use std::{
     io,
     os::fd::AsRawFd,
     ptr,
-    sync::atomic::{AtomicU64, Ordering, fence},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use anyhow::{Result, bail};
@@ -38,9 +38,17 @@ impl Buffer {
 
     /// Memory of another kind, from the start of a file if there is one.
     pub(crate) fn map(len: usize, protection: i32, flags: i32, file: Option<&File>) -> Result<Self> {
-        let fd = file.map_or(-1, AsRawFd::as_raw_fd);
+        Self::map_at(len, protection, flags, file.map_or(-1, AsRawFd::as_raw_fd), 0)
+    }
+
+    /// Shared memory that the kernel offers at an offset of a descriptor.
+    pub(crate) fn of(fd: i32, len: usize, offset: i64) -> Result<Self> {
+        Self::map_at(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, offset)
+    }
+
+    fn map_at(len: usize, protection: i32, flags: i32, fd: i32, offset: i64) -> Result<Self> {
         // SAFETY: a new mapping at an address the kernel chooses touches nothing that exists.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, offset) };
         if start == libc::MAP_FAILED {
             bail!("cannot map {len} bytes: {}", io::Error::last_os_error());
         }
@@ -88,6 +96,13 @@ impl Buffer {
         assert!(at.is_multiple_of(8) && at + 8 <= self.len, "{at} is no place of a word");
         // SAFETY: aligned and within the mapping, by the assertion; the mapping lives as long as the borrow.
         unsafe { AtomicU64::from_ptr(self.start.add(at).cast()) }
+    }
+
+    /// An aligned half of a word.
+    pub(crate) fn half_word(&self, at: usize) -> &AtomicU32 {
+        assert!(at.is_multiple_of(4) && at + 4 <= self.len, "{at} is no place of half a word");
+        // SAFETY: as for a word.
+        unsafe { AtomicU32::from_ptr(self.start.add(at).cast()) }
     }
 
     /// `madvise` on a part.

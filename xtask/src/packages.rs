@@ -24,6 +24,16 @@ pub(crate) const TOOLS: [Package; 2] = [
     package("perftest", "ib_write_bw", "stock verbs benchmarks: ib_write_bw and its kin"),
 ];
 
+/// Allocators that give memory back as soon as they can.
+pub(crate) const ALLOCATORS: [Package; 2] = [
+    package("libjemalloc2", "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2", "registered memory under jemalloc"),
+    package(
+        "libtcmalloc-minimal4",
+        "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
+        "registered memory under tcmalloc",
+    ),
+];
+
 /// Network namespaces.
 pub(crate) const NAMESPACES: [Package; 2] = [
     package("iproute2", "ip", "network namespaces and the cable between them"),

@@ -83,7 +83,7 @@ impl Tier {
     fn packages(self) -> Vec<Package> {
         match self {
             Self::Unit | Self::Vm => Vec::new(),
-            Self::Process => packages::TOOLS.to_vec(),
+            Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS].concat(),
             Self::Hosts => [&packages::TOOLS[..], &packages::NAMESPACES].concat(),
             Self::Containers => packages::CONTAINERS.to_vec(),
         }

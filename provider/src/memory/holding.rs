@@ -13,6 +13,7 @@ use super::extents::Extents;
 use super::maps::{self, EVERYTHING, Mapping};
 use super::mover::{RegisterError, Registration};
 use super::pagemap::Pagemap;
+use super::pinned::{self, Pinned};
 use super::region::{Piece, REGION_LEN, Region};
 use super::views::Views;
 use super::world::Books;
@@ -25,6 +26,7 @@ const SLICE: usize = 32 << 20;
 #[derive(Debug)]
 pub(super) struct Holding {
     pub(super) region: Region,
+    pinned: Pinned,
     /// Moved pages, with their holders.
     extents: Extents,
     /// Moved pages without a holder that could not go back yet.
@@ -54,7 +56,13 @@ struct Span {
 
 impl Holding {
     pub(super) fn new(region: Region, generation: u64) -> Holding {
-        Holding { region, extents: Extents::default(), idle: Extents::default(), generation }
+        Holding {
+            region,
+            pinned: Pinned::open(),
+            extents: Extents::default(),
+            idle: Extents::default(),
+            generation,
+        }
     }
 
     /// Whether no page lies in the region file.
@@ -79,6 +87,7 @@ impl Holding {
         if let Err(error) = self.move_in(&spans, &shared, books) {
             match error {
                 Errno::FAULT => return Err(RegisterError::Unmapped { address: shared.start }),
+                Errno::BUSY => pinned::complain(),
                 // No memory or no mapping to be had, or no peace: the router serves it where it lies.
                 _ => books.peace.complain(),
             }
@@ -120,7 +129,7 @@ impl Holding {
     fn move_spans(&self, spans: &[&Span], books: &mut Books) -> Result<(), Errno> {
         let pagemap = Pagemap::open();
         let mut peace = None;
-        let mut left = 0;
+        let (mut left, mut pinned) = (0, false);
         for span in spans {
             let is_locked = locked::is_locked(span.range.start);
             let mut at = span.range.start;
@@ -128,10 +137,11 @@ impl Holding {
                 if left == 0 {
                     drop(peace.take());
                     peace = Some(books.peace.make()?);
+                    pinned = self.pinned.any();
                     left = SLICE;
                 }
                 let end = span.range.end.min(at + left);
-                self.region.move_in(&(at..end), span.prot, &pagemap)?;
+                self.region.move_in(&(at..end), span.prot, &pagemap, pinned)?;
                 left -= end - at;
                 at = end;
             }
@@ -198,7 +208,7 @@ impl Holding {
             let is_locked = locked::is_locked(piece.range.start);
             for slice in piece.slices(SLICE) {
                 let _peace = books.peace.make()?;
-                self.region.move_back(&slice)?;
+                self.region.move_back(&slice, self.pinned.any())?;
             }
             if is_locked {
                 locked::lock(&piece.range);

@@ -20,10 +20,13 @@
 //! - the books are never believed: what is mapped now is looked up at each registration and deregistration;
 //! - a child of `fork` gets private copies of moved pages and never writes into its parent's;
 //! - memory that was never touched costs nothing, before and after;
-//! - nothing that a thread, or the kernel for it, writes while pages change their place is lost.
+//! - nothing that a thread, or the kernel for it, writes while pages change their place is lost;
+//! - where the kernel has pinned pages of the process for long (io_uring's registered buffers, another RDMA device),
+//!   pages with content stay where they are, private or moved, until it has not.
 //!
-//! What is not: NUMA and huge-page hints of moved pages are dropped, and pages that the kernel has pinned (a transfer
-//! by O_DIRECT under way, io_uring's fixed buffers) are disconnected from it.
+//! What is not: NUMA and huge-page hints of moved pages are dropped, and a read by O_DIRECT that no thread waits for
+//! (io_submit, io_uring without registered buffers) and that is under way while its very pages are registered or given
+//! back is lost.
 //!
 //! All changes to the address space are raw system calls: programs such as UCX patch libc's `mmap` family and
 //! would otherwise see their own buffers come and go.
@@ -36,6 +39,7 @@ mod maps;
 mod mover;
 mod pagemap;
 mod peace;
+mod pinned;
 mod region;
 mod stack;
 mod stop;

@@ -86,12 +86,14 @@ impl Region {
     }
 
     /// Moves private pages into the file and maps them back. On an error, part of them may have been moved. There
-    /// must be [`super::peace::Peace`].
+    /// must be [`super::peace::Peace`]. Where pages of the process are pinned, only those that are not there are moved:
+    /// EBUSY for others.
     pub(super) fn move_in(
         &self,
         range: &Range<usize>,
         prot: ProtFlags,
         pagemap: &Pagemap,
+        pinned: bool,
     ) -> Result<(), Errno> {
         // Untouched pages are not written, so whatever an earlier life of this address left must go.
         self.punch(range)?;
@@ -101,6 +103,9 @@ impl Region {
             // Windows end at their own multiples, so that a huge page is given up as a whole.
             let end = range.end.min((at + window) & !(window - 1));
             let touched = pagemap.touched(&(at..end));
+            if pinned && touched.runs().next().is_some() {
+                return Err(Errno::BUSY);
+            }
             touched.runs().try_for_each(|run| self.write(&run))?;
             self.map(&(at..end), at, prot)?;
             touched.runs().for_each(|run| prefault(&run));
@@ -112,8 +117,9 @@ impl Region {
     }
 
     /// Makes `piece` private anonymous memory again and empties its place in the file. On an error the rest stays in
-    /// the file, as it was. There must be [`super::peace::Peace`]: pages are mapped before they are filled.
-    pub(super) fn move_back(&self, piece: &Piece) -> Result<(), Errno> {
+    /// the file, as it was. There must be [`super::peace::Peace`]: pages are mapped before they are filled. Where pages
+    /// of the process are pinned, those that are there stay: EBUSY.
+    pub(super) fn move_back(&self, piece: &Piece, pinned: bool) -> Result<(), Errno> {
         let mut at = 0;
         while at < piece.range.len() {
             let left = piece.range.len() - at;
@@ -122,6 +128,9 @@ impl Region {
                 Some(data) => data.start - offset,
                 None => left,
             };
+            if pinned && hole < left {
+                return Err(Errno::BUSY);
+            }
             let step = if hole == left || hole >= CHUNK { hole } else { left.min(CHUNK) };
             if hole >= step {
                 map_private(address..address + step, piece.prot)?;

@@ -12,6 +12,7 @@ use super::region::{Piece, REGION_LEN, Region, pointer};
 use super::{Mover, RegisterError, page_size};
 
 pub(super) mod forking;
+mod pinned;
 mod staying;
 pub(super) mod writers;
 
@@ -207,9 +208,9 @@ fn a_mapping_that_went_back_joins_its_neighbours_again() {
     let (memory, page) = (Memory::pages(1024), page_size());
     memory.fill(6);
     let inner = memory.start() + page..memory.0.end - page;
-    region.move_in(&inner, RW, &super::pagemap::Pagemap::open()).unwrap();
+    region.move_in(&inner, RW, &super::pagemap::Pagemap::open(), false).unwrap();
     let piece = Piece { range: inner.clone(), offset: inner.start, prot: RW };
-    assert_eq!(region.move_back(&piece), Ok(()));
+    assert_eq!(region.move_back(&piece, false), Ok(()));
     assert!(all(&memory.0, 6));
     let mappings = super::maps::select(&memory.0, |_| true).unwrap();
     assert_eq!(mappings.len(), 1, "{mappings:?}");

@@ -11,6 +11,7 @@ mod mappings;
 mod memory;
 mod opcodes;
 mod order;
+mod pinned;
 mod races;
 mod states;
 mod statuses;
@@ -123,6 +124,8 @@ pub(crate) const CHECKS: &[Check] = &[
         writers::none_loses_a_write,
     ),
     ("memory that is shared or a file's works", mappings::shared_and_files),
+    ("memory that is registered with io_uring loses nothing", pinned::registered_with_io_uring),
+    ("memory into which a file is read past the cache loses nothing", pinned::direct_reads),
     ("memory in huge pages works", mappings::huge_pages),
     ("memory that is locked works and stays locked", mappings::locked_memory),
     ("memory can be registered where none may be locked", mappings::no_locking),
