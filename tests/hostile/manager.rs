@@ -45,7 +45,9 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("cm: another version", version),
         Case::new("cm: channels without an event counter", wrong_counters),
         Case::new("cm: another's channel and ids", foreign),
+        Case::new("cm: another's connection request", foreign_request),
         Case::new("cm: ids and channels that are no more", stale),
+        Case::new("cm: commands cut off at each byte, or with bytes behind them", mutilated),
         Case::new("cm: more bytes for the other end than there may be", private_data),
         Case::new("cm: ids without end", ids),
         Case::new("cm: channels without end", channels),
@@ -225,6 +227,47 @@ fn foreign(field: &Field) -> Result<()> {
     let unknown = thief.ask_on(thief.channel + 1, Command::NextEvent)?;
     ensure!(unknown == Err(libc::EINVAL), "a channel that it has not: {unknown:?}");
     ensure!(field.status()?.listeners.len() == 1, "the listener is gone");
+    Ok(())
+}
+
+/// Whoever guesses the id of a request that waits for its listener gets nothing, and the listener does.
+fn foreign_request(field: &Field) -> Result<()> {
+    let (server, client) = (Process::new(field.socket())?, Process::new(field.socket())?);
+    let thief = Process::new(field.socket())?;
+    server.listen()?;
+    client.approach(3)?;
+    let id = server.event(EventKind::ConnectRequest)?.id;
+    for command in [
+        Command::Accept { id, uid: 1, param: None },
+        Command::Accept { id, uid: 1, param: Some(ConnParam::default()) },
+        Command::Reject { id, reason: 28, private_data: Vec::new() },
+        Command::InitQpAttr { id, state: 3 },
+        Command::Query { id },
+        Command::MigrateId { id, from: server.channel },
+        Command::DestroyId { id },
+    ] {
+        thief.refused(command, libc::ENOENT)?;
+    }
+    ensure!(client.is_quiet()?, "the client heard of it");
+    server.tell(Command::Accept { id, uid: 2, param: Some(ConnParam::default()) })?;
+    ensure!(thief.is_quiet()?, "the thief heard of it");
+    Ok(())
+}
+
+fn mutilated(field: &Field) -> Result<()> {
+    let send = |bytes: &[u8]| -> Result<()> {
+        let process = Process::new(field.socket())?;
+        rustix::net::send(&process.endpoint, bytes, rustix::net::SendFlags::NOSIGNAL)?;
+        ensure_dropped(&process.endpoint)
+    };
+    let param = ConnParam { private_data: vec![7; 20], ..ConnParam::default() };
+    for command in commands(1).into_iter().chain([Command::Connect { id: 1, param }]) {
+        let request = Request::Cm(CmRequest::Ask { channel: 1, command });
+        let mut bytes = postcard::to_stdvec(&request)?;
+        (1..bytes.len()).try_for_each(|len| send(&bytes[..len]))?;
+        bytes.push(0);
+        send(&bytes)?;
+    }
     Ok(())
 }
 

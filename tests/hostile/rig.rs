@@ -29,6 +29,7 @@ pub(crate) struct Rig {
     pub(crate) peer: Client,
     pub(crate) peer_qp: Qp,
     pub(crate) peer_keys: Keys,
+    pub(crate) peer_pd: u32,
     pub(crate) victim: Client,
     pub(crate) victim_qp: Qp,
     pub(crate) victim_key: u32,
@@ -56,7 +57,7 @@ pub(crate) struct Keys {
 impl Rig {
     pub(crate) fn new(field: &Field, mode: Mode, qp_type: QpType) -> Result<Self> {
         let (hostile, qp, keys, pd) = Self::open(field, mode, qp_type)?;
-        let (peer, peer_qp, peer_keys, _) = Self::open(field, mode, qp_type)?;
+        let (peer, peer_qp, peer_keys, peer_pd) = Self::open(field, mode, qp_type)?;
         let (victim, victim_qp, victim_keys, _) = Self::open(field, mode, QpType::Rc)?;
         for at in (0..LEN).step_by(8) {
             victim.memory.u64(at).store(SENTINEL, Ordering::Relaxed);
@@ -77,6 +78,7 @@ impl Rig {
             peer,
             peer_qp,
             peer_keys,
+            peer_pd,
             victim,
             victim_qp,
             victim_key,

@@ -1,9 +1,11 @@
 //! Memory windows that are not the hostile client's, or are bound to what is not.
 
+use std::sync::atomic::Ordering;
+
 use anyhow::{Result, bail, ensure};
 use verbs_abi::{
     proto::{Answer, Mode, Request},
-    shm::wqe::{SendWqe, flag},
+    shm::wqe::{SendWqe, Sge, flag},
     verbs::{Opcode, QpType, WcStatus},
 };
 
@@ -86,9 +88,116 @@ pub(crate) fn cases() -> Vec<Case> {
             WcStatus::RemAccessErr,
         ),
     ];
-    rows.into_iter()
-        .map(|row| Case::new(format!("window: {}", row.0), move |field| attempt(field, row)))
-        .collect()
+    let own =
+        rows.into_iter().map(|row| Case::new(format!("window: {}", row.0), move |field| attempt(field, row)));
+    let peers = reaches()
+        .into_iter()
+        .map(|row| Case::new(format!("window: of the peer, {}", row.0), move |field| reach(field, row)));
+    own.chain(peers).collect()
+}
+
+/// What the hostile client posts to a peer that has opened a window for it, whose key it is told.
+type Reach = (&'static str, Opened, fn(&Rig, u32) -> SendWqe, WcStatus);
+
+/// How the peer's window was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Opened {
+    /// At the QP that is connected with the hostile client, for eight bytes.
+    Here,
+    /// At another QP.
+    Elsewhere,
+    /// It was, and is closed again.
+    Before,
+    /// For reading alone.
+    ForReading,
+}
+
+fn reaches() -> Vec<Reach> {
+    vec![
+        ("as it may be used", Opened::Here, |rig, key| write(rig, key, WINDOW, 8), WcStatus::Success),
+        ("beyond its end", Opened::Here, |rig, key| write(rig, key, WINDOW + 1, 8), WcStatus::RemAccessErr),
+        ("before its start", Opened::Here, |rig, key| write(rig, key, WINDOW - 8, 8), WcStatus::RemAccessErr),
+        ("longer than it is", Opened::Here, |rig, key| write(rig, key, WINDOW, 16), WcStatus::RemAccessErr),
+        ("by another key", Opened::Here, |rig, key| write(rig, key ^ 1, WINDOW, 8), WcStatus::RemAccessErr),
+        ("of another QP", Opened::Elsewhere, |rig, key| write(rig, key, WINDOW, 8), WcStatus::RemAccessErr),
+        (
+            "that is closed again",
+            Opened::Before,
+            |rig, key| write(rig, key, WINDOW, 8),
+            WcStatus::RemAccessErr,
+        ),
+        (
+            "without the right",
+            Opened::ForReading,
+            |rig, key| write(rig, key, WINDOW, 8),
+            WcStatus::RemAccessErr,
+        ),
+        ("invalidated by a SEND", Opened::Here, |rig, key| send(rig, key), WcStatus::Success),
+        ("of another QP, invalidated", Opened::Elsewhere, |rig, key| send(rig, key), WcStatus::RemAccessErr),
+        ("closed, invalidated", Opened::Before, |rig, key| send(rig, key), WcStatus::RemAccessErr),
+        (
+            "its region invalidated",
+            Opened::Here,
+            |rig, _| send(rig, rig.peer_keys.full),
+            WcStatus::RemAccessErr,
+        ),
+        (
+            "a victim's region invalidated",
+            Opened::Here,
+            |rig, _| send(rig, rig.victim_key),
+            WcStatus::RemAccessErr,
+        ),
+    ]
+}
+
+/// Where the peer's window is.
+const WINDOW: u64 = BASE + 5 * PART + 64;
+/// `IBV_ACCESS_MW_BIND`.
+const MW_BIND: u32 = 16;
+
+fn reach(field: &Field, (_, opened, make, status): Reach) -> Result<()> {
+    let mut rig = Rig::new(field, Mode::Isolated, QpType::Rc)?;
+    let peer = &rig.peer;
+    let region = peer.mr(rig.peer_pd, 5 * PART, PART, crate::client::RIGHTS | MW_BIND)?;
+    let (key, mut elsewhere) =
+        (window(peer, rig.peer_pd)?, peer.qp(rig.peer_pd, peer.cq(None)?.0, QpType::Rc)?);
+    peer.connect(&elsewhere, (elsewhere.new.qpn, rig.gid))?;
+    let binder = if opened == Opened::Elsewhere { &mut elsewhere } else { &mut rig.peer_qp };
+    let mut wqe = bind(key, region, WINDOW, 8);
+    if opened == Opened::ForReading {
+        wqe.swap = u64::from(region) | 4 << 32;
+    }
+    for wqe in [Some(wqe), (opened == Opened::Before).then(|| invalidate(key))].into_iter().flatten() {
+        peer.post(binder, &wqe);
+        let done = binder.completion()?;
+        ensure!(done.status == 0, "the peer cannot open its window: {done:?}");
+    }
+    peer.post_recv(&rig.peer_qp, 1, &[Sge { addr: BASE, length: 8, lkey: rig.peer_keys.full }]);
+    // What comes through must be seen.
+    [0, 8].into_iter().for_each(|at| rig.hostile.memory.u64(at).store(u64::MAX, Ordering::Relaxed));
+    let wqe = make(&rig, key);
+    rig.hostile.post(&rig.qp, &wqe);
+    rig.ends_with(status)?;
+    if wqe.opcode == Opcode::SendWithInv.value() as u8 {
+        let known = rig.peer.ask(&Request::DeregMr { key: rig.peer_keys.full })?;
+        ensure!(known == Ok(Answer::Done), "the peer's region is gone: {known:?}");
+    }
+    let far = (5 * PART + 72) as usize;
+    rig.peer_is_whole_outside(if status == WcStatus::Success { far } else { 8 })
+}
+
+fn write(rig: &Rig, key: u32, addr: u64, len: u32) -> SendWqe {
+    let mut wqe = SendWqe::default();
+    (wqe.wr_id, wqe.flags, wqe.opcode) = (7, flag::SIGNALED, Opcode::Write.value() as u8);
+    (wqe.remote_addr, wqe.rkey) = (addr, key);
+    wqe.push_sge(Sge { length: len, ..rig.own() });
+    wqe
+}
+
+fn send(rig: &Rig, key: u32) -> SendWqe {
+    let mut wqe = rig.good(Opcode::SendWithInv);
+    wqe.imm = key;
+    wqe
 }
 
 fn attempt(field: &Field, (_, make, status): Row) -> Result<()> {

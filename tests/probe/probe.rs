@@ -17,6 +17,7 @@ mod meet;
 mod outage;
 mod pair;
 mod qp;
+mod registration;
 mod ring;
 mod stall;
 mod stream;
@@ -34,7 +35,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 
 const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
-       freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT
+       freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT | registration BYTES
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
 
@@ -79,6 +80,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["meet", folder, own, other] => meet::meet(folder, own, other),
         ["flood", count] => idle::flood(count.parse()?),
         ["exhaust"] => meet::exhaust(),
+        ["registration", len] => registration::measure(len.parse()?),
         ["outage"] => outage::survive(),
         ["tcp-echo", port] => tcp::echo(port.parse()?),
         ["tcp-exchange", address] => tcp::exchange(address.parse()?),

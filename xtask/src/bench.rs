@@ -5,6 +5,7 @@ mod direct;
 mod handover;
 mod peers;
 mod ratios;
+mod registration;
 mod wake;
 
 use std::{path::PathBuf, process::ExitCode};

@@ -16,7 +16,7 @@ use xtask::{
     process::Job,
 };
 
-use super::{connections, wake};
+use super::{connections, registration, wake};
 use crate::{
     build,
     demo::{bandwidth, latency},
@@ -56,7 +56,7 @@ pub(crate) struct Measurement {
 }
 
 /// All promises of isolated mode, and those that have nothing to do with modes.
-pub(crate) const RATIOS: [Ratio; 8] = [
+pub(crate) const RATIOS: [Ratio; 12] = [
     Ratio {
         name: "write latency 8 B",
         unit: "us",
@@ -105,6 +105,34 @@ pub(crate) const RATIOS: [Ratio; 8] = [
         target: Target::AtLeast(1.0),
         mode: Mode::Direct,
         measure: connections::measure,
+    },
+    Ratio {
+        name: "registration of 64 MiB",
+        unit: "x first touch",
+        target: Target::AtMost(1.3),
+        mode: Mode::Isolated,
+        measure: registration::large,
+    },
+    Ratio {
+        name: "registration of 1 MiB",
+        unit: "x first touch",
+        target: Target::AtMost(1.3),
+        mode: Mode::Isolated,
+        measure: registration::medium,
+    },
+    Ratio {
+        name: "registration of 64 KiB",
+        unit: "x first touch",
+        target: Target::AtMost(2.5),
+        mode: Mode::Isolated,
+        measure: registration::small,
+    },
+    Ratio {
+        name: "registration of a page",
+        unit: "us",
+        target: Target::AtMost(80.0),
+        mode: Mode::Isolated,
+        measure: registration::page,
     },
     Ratio {
         name: "idle router",
