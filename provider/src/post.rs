@@ -323,7 +323,8 @@ pub(crate) unsafe fn copy_inline(
 #[inline]
 pub(crate) fn check_send(qp: &Qp) -> Result<(), Errno> {
     qp.bell.health().check_owner()?;
-    qp.check_state(QpState::may_post_send)
+    let state = QpState::try_from(qp.state()).map_err(|_| Errno::INVAL)?;
+    if state.may_post_send() { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 pub(crate) unsafe extern "C" fn send(
@@ -503,7 +504,8 @@ pub(crate) unsafe extern "C" fn recv(
 #[inline]
 fn check_recv(qp: &Qp) -> Result<(), Errno> {
     qp.bell.health().check_owner()?;
-    qp.check_state(QpState::may_post_recv)
+    let state = QpState::try_from(qp.state()).map_err(|_| Errno::INVAL)?;
+    if state.may_post_recv() { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 #[cfg(test)]

@@ -14,9 +14,11 @@ use std::{
 use serde::{Deserialize, Deserializer, de};
 use verbs_abi::shm::arena;
 
+mod links;
 mod prefix;
 mod tenant;
 
+pub use links::{Directory, DirectoryFile, Links, Route, Security};
 pub use prefix::{Prefix, PrefixError};
 pub use tenant::{Mode, Overrides, Owner, Tenant};
 
@@ -41,6 +43,10 @@ pub struct Config {
     pub log: Option<String>,
     /// Whether clients of one tenant may execute their own work requests (direct mode).
     pub direct: bool,
+    /// How to talk to the routers of other hosts; where absent, this host is alone.
+    pub links: Option<Links>,
+    /// Which router serves an address.
+    pub directory: Option<Directory>,
     /// Quotas of one client.
     pub limits: Limits,
     /// Trust domains with sockets of their own. Where there are none, everybody on the control socket is of one
@@ -86,6 +92,8 @@ impl Default for Config {
             idle_exit: None,
             log: None,
             direct: true,
+            links: None,
+            directory: None,
             limits: Limits::default(),
             tenants: Vec::new(),
         }
@@ -163,6 +171,12 @@ impl Config {
         }
         if self.lanes.is_some_and(|lanes| lanes == 0 || lanes > 64) {
             return Some(format!("lanes = {}; from 1 to 64 are possible", self.lanes.unwrap_or(0)));
+        }
+        if let Some(fault) = self.links.as_ref().and_then(Links::fault) {
+            return Some(fault);
+        }
+        if self.links.is_some() != self.directory.is_some() {
+            return Some("[links] and [directory] go together; write both or none".to_owned());
         }
         self.limits.fault("limits").or_else(|| self.tenants_fault())
     }

@@ -41,10 +41,12 @@ use crate::{
     account::Resource as Held,
     bell::Ringer,
     broker::Broker,
-    config::Config,
+    config::{Config, DirectoryFile},
+    directory::Directory,
     error::DaemonError,
     guard, guid,
     lane::Lane,
+    link::Links,
     session::{Hello, Parting, Session, Step, Terms},
     signals::{Signals, Wish},
     tenant::Tenant,
@@ -127,6 +129,7 @@ pub struct Daemon {
     epoll: OwnedFd,
     stop: OwnedFd,
     lane_ended: OwnedFd,
+    links: Option<Links>,
     terms: Terms,
     sessions: BTreeMap<u32, Session>,
     next_session: u32,
@@ -170,6 +173,8 @@ impl Daemon {
         let lane = Lane::new(known.len()).map_err(set_up("the data path"))?;
         // Without tenants, the one there is has the control socket.
         let operator = (!config.tenants.is_empty()).then(|| Tenant::operator(config));
+        let names: Vec<String> = known.iter().map(|tenant| tenant.name.clone()).collect();
+        let links = links(config, &names, &lane)?;
         let listeners = std::iter::once(listener).chain(tenants);
         let doors: Vec<_> = listeners.zip(operator.into_iter().chain(known)).collect();
         let make = || -> io::Result<_> {
@@ -189,6 +194,7 @@ impl Daemon {
             epoll,
             stop,
             lane_ended,
+            links,
             terms: terms(lane, faults),
             sessions: BTreeMap::new(),
             next_session: FIRST_SESSION,
@@ -224,7 +230,14 @@ impl Daemon {
         watch(&self.epoll, &signals, SIGNALS, epoll::EventFlags::IN).map_err(set_up("signals"))?;
         let ended = self.lane_ended.try_clone().map(LaneEnded).map_err(set_up("the data path"))?;
         let thread = self.terms.lane.start(ended).map_err(set_up("the data path"))?;
+        let links = self.links.as_mut().map_or(Ok(None), Links::start).map_err(set_up("links"))?;
         let result = self.serve(&signals);
+        if let (Some(of), Some(thread)) = (&self.links, links) {
+            of.stop();
+            if thread.join().is_err() {
+                tracing::error!("the thread of the links panicked");
+            }
+        }
         self.sessions.clear();
         self.finish(thread);
         result
@@ -466,6 +479,17 @@ fn connects(request: &Request) -> Option<u32> {
 
 fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags) -> io::Result<()> {
     Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
+}
+
+/// The links to other hosts, if there are any.
+fn links(config: &Config, tenants: &[String], lane: &Arc<Lane>) -> Result<Option<Links>, DaemonError> {
+    let (Some(links), Some(directory)) = (&config.links, &config.directory) else { return Ok(None) };
+    let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
+    let file = DirectoryFile::load(&directory.file, links.security)
+        .map_err(io::Error::other)
+        .map_err(set_up("the directory"))?;
+    let directory = Directory::new(&file, &links.name, tenants);
+    Links::new(links, directory, tenants, lane).map(Some).map_err(set_up("links"))
 }
 
 fn terms(lane: Arc<Lane>, faults: OwnedFd) -> Terms {

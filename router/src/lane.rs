@@ -13,7 +13,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
         mpsc::Receiver,
     },
@@ -26,7 +26,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::time::{ClockId, clock_gettime};
 use verbs_abi::shm::lane::{self, LanePage, WakeWord};
 
-use crate::{guard::Health, helper::WayBack, memory::ClientMemory, segment};
+use crate::{guard::Health, helper::WayBack, link::Caller, memory::ClientMemory, segment};
 
 /// Turns with the fabric locked, after which others get it.
 const TURNS: u32 = 16;
@@ -41,6 +41,12 @@ const CORES_TO_SPIN: usize = 4;
 const NICE: libc::c_int = -10;
 /// What the lane asks for at a time: who asks for little gets it sooner (Linux 6.12 and newer).
 const SHORT_TURN: Duration = Duration::from_micros(100);
+
+/// Turns that the thread of the links gives by itself after it has changed something.
+const LINK_TURNS: u32 = 4;
+
+/// The fabric of a router.
+pub(crate) type RouterFabric = Fabric<ClientMemory>;
 
 /// What the lane's turns work on.
 #[derive(Debug)]
@@ -67,6 +73,10 @@ pub(crate) struct Lane {
     way_back: WayBack,
     stopping: AtomicBool,
     sleeps: AtomicU64,
+    /// When a sleeping lane wakes by itself.
+    sleeps_until: AtomicU64,
+    /// Who is told what is to be sent to other hosts.
+    caller: OnceLock<Arc<Caller>>,
 }
 
 impl Lane {
@@ -95,6 +105,8 @@ impl Lane {
             way_back,
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
+            sleeps_until: AtomicU64::new(u64::MAX),
+            caller: OnceLock::new(),
         };
         Ok(Arc::new(lane))
     }
@@ -124,23 +136,54 @@ impl Lane {
         seen.extend(self.own_word.iter().chain(self.words.iter().map(|(word, _)| word)).map(WakeWord::seen));
     }
 
-    /// Does something to the fabric between two turns, and wakes the lane if something follows from it for the lane:
-    /// most verbs give it nothing to do.
+    /// Does something to the fabric between two turns, and lets the lane see what follows from it.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut Fabric<ClientMemory>) -> R) -> R {
         self.waiters.fetch_add(1, Ordering::Relaxed);
         let mut seat = self.seat.lock();
         self.waiters.fetch_sub(1, Ordering::Relaxed);
-        let timer = seat.fabric.next_timer();
         let result = change(&mut seat.fabric);
-        // A later timer costs the lane a look in vain, an earlier one is not the lane's yet.
-        let sooner = seat.fabric.next_timer().is_some_and(|new| timer.is_none_or(|old| new < old));
-        let wanted = sooner || seat.fabric.has_turns();
         drop(seat);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
-        if wanted && self.page.is_asleep() {
+        if self.page.is_asleep() {
             self.wake();
         }
         result
+    }
+
+    /// Sets who is told what is to be sent to other hosts.
+    pub(crate) fn set_caller(&self, caller: Arc<Caller>) {
+        let _ = self.caller.set(caller);
+    }
+
+    /// Does something to the fabric by the thread of the links, gives the turns that follow from it, and says who is to
+    /// be sent something. The lane is woken only if that leaves something for it.
+    pub(crate) fn serve_link<R>(
+        &self,
+        calls: &mut Vec<u32>,
+        change: impl FnOnce(&mut RouterFabric) -> R,
+    ) -> R {
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        let mut seat = self.seat.lock();
+        self.waiters.fetch_sub(1, Ordering::Relaxed);
+        let fabric = &mut seat.fabric;
+        let result = change(fabric);
+        let more = (0..LINK_TURNS).all(|_| {
+            let more = fabric.run(now());
+            give_out(fabric) || more
+        });
+        calls.extend(std::iter::from_fn(|| fabric.next_call()));
+        let timer = fabric.next_timer().unwrap_or(u64::MAX);
+        drop(seat);
+        fence(Ordering::SeqCst);
+        if self.page.is_asleep() && (more || timer < self.sleeps_until.load(Ordering::SeqCst)) {
+            self.wake();
+        }
+        result
+    }
+
+    /// What is to be sent to a router of another host.
+    pub(crate) fn take_packets(&self, peer: u32, into: &mut Vec<u8>) -> bool {
+        self.seat.lock().fabric.take_packets(peer, into)
     }
 
     /// The lane page for clients.
@@ -196,10 +239,13 @@ impl Lane {
     /// Says that the lane sleeps, looks once more, and sleeps if there is still nothing.
     fn doze(&self, seen: &mut Vec<u32>) {
         self.look_at_words(seen);
+        // Until it is known when it wakes, any timer is earlier.
+        self.sleeps_until.store(u64::MAX, Ordering::SeqCst);
         self.page.set_asleep(true);
         fence(Ordering::SeqCst);
         let look = self.look();
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
+            self.sleeps_until.store(look.timer.unwrap_or(u64::MAX), Ordering::SeqCst);
             self.sleep(seen, look.timer);
         }
         self.page.set_asleep(false);
@@ -228,8 +274,18 @@ impl Lane {
             }
         }
         look.timer = fabric.next_timer();
+        let first_call = fabric.next_call();
+        let calls: Vec<u32> =
+            first_call.into_iter().chain(std::iter::from_fn(|| fabric.next_call())).collect();
         if self.waiters.load(Ordering::Relaxed) > 0 {
             MutexGuard::unlock_fair(seat);
+        } else {
+            drop(seat);
+        }
+        if let Some(caller) = self.caller.get().filter(|_| !calls.is_empty()) {
+            // Whoever waited for room has a turn.
+            look.worked = true;
+            caller.send(self, calls);
         }
         look
     }
@@ -295,7 +351,7 @@ struct SchedAttr {
 }
 
 /// Makes the calling thread run soon after it is woken, as far as that is permitted.
-fn raise_priority() {
+pub(crate) fn raise_priority() {
     // SAFETY: the call changes the scheduling of the calling thread and touches no memory.
     let raised = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } == 0;
     let attr = SchedAttr {
@@ -363,8 +419,7 @@ mod tests {
         }
         let before = lane.sleeps();
         lane.with(|_| ());
-        thread::sleep(Duration::from_millis(20));
-        assert_eq!(lane.sleeps(), before, "it was woken for nothing");
+        slept(&lane, before + 1);
         assert!(ended.try_recv().is_err());
         lane.stop();
         thread.join().unwrap();

@@ -9,6 +9,7 @@
 //! helper     reaches what a client does not share
 //! bell       rings clients                 client    asks a running router (command line)
 //! broker     rdma_cm: the `cm` crate with a clock
+//! link       to the routers of other hosts  directory  which of them serves an address
 //! ```
 
 mod account;
@@ -21,6 +22,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 mod descriptor;
+mod directory;
 pub mod error;
 mod guard;
 mod guid;
@@ -28,6 +30,7 @@ mod heap;
 mod helper;
 mod identity;
 mod lane;
+mod link;
 mod memory;
 mod region;
 mod report;

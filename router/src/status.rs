@@ -28,6 +28,26 @@ pub struct Status {
     pub qps: Vec<Qp>,
     /// Who listens by rdma_cm, by address.
     pub listeners: Vec<Listener>,
+    /// Routers of other hosts.
+    pub links: Vec<Link>,
+}
+
+/// The link to a router of another host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Link {
+    /// The router's name.
+    pub router: String,
+    /// Where it listens.
+    pub address: String,
+    /// `up`, or `down`: it is made when something is to be sent.
+    pub state: String,
+    /// Bytes sent, headers included.
+    pub tx_bytes: u64,
+    /// Bytes received, headers included.
+    pub rx_bytes: u64,
+    /// How often a connection was made, by either end.
+    pub connections: u64,
 }
 
 /// A listening id of rdma_cm.

@@ -89,8 +89,10 @@ impl Mode {
 pub struct Bed {
     /// Where the programs come from.
     pub tree: Tree,
-    /// The router that serves both places.
+    /// The router that serves the server's place, and the client's unless that has its own.
     pub router: Router,
+    /// The router of the client's place, where that is on another host.
+    pub client_router: Option<Router>,
     /// Where servers run.
     pub server: Place,
     /// Where clients run.
@@ -124,7 +126,7 @@ impl Bed {
         client: Place,
         keep: Box<dyn Any + Send>,
     ) -> Self {
-        Self { tree, router, server, client, mode: None, _keep: keep }
+        Self { tree, router, client_router: None, server, client, mode: None, _keep: keep }
     }
 
     /// The same bed, whose tools run in a mode from now on.
@@ -146,12 +148,18 @@ impl Bed {
         if !place.prepared {
             all.push(self.tree.program().display().to_string());
             all.extend(["run", "--socket"].map(str::to_owned));
-            all.push(self.router.socket().display().to_string());
+            all.push(self.router_of(place).socket().display().to_string());
             all.extend(self.mode.iter().flat_map(|mode| ["--mode", mode.name()].map(str::to_owned)));
             all.push("--".to_owned());
         }
         all.extend_from_slice(words);
         command(all)
+    }
+
+    /// The router that serves a place.
+    pub fn router_of(&self, place: &Place) -> &Router {
+        let own = self.client_router.as_ref().filter(|_| place.address == self.client.address);
+        own.unwrap_or(&self.router)
     }
 
     /// Runs a single tool to its end.

@@ -9,6 +9,7 @@
 pub mod bed;
 pub mod conformance;
 pub mod headers;
+pub mod hosts;
 pub mod interrupt;
 pub mod matrix;
 pub mod netns;

@@ -37,6 +37,11 @@ pub struct Router {
 impl Router {
     /// Starts the router of an install tree and waits until it answers.
     pub fn start(tree: &Tree) -> Result<Self> {
+        Self::start_in(tree, &[], &[])
+    }
+
+    /// Starts one behind the words of `enter`, with further words on its command line.
+    pub fn start_in(tree: &Tree, enter: &[String], words: &[String]) -> Result<Self> {
         let dir = TempDir::with_prefix("freeflow-")?;
         // The outer directory is private; the inner one is what containers get mounted, other users included.
         let run = dir.path().join("run");
@@ -45,8 +50,9 @@ impl Router {
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
         let socket = run.join("router.sock");
 
-        let mut command = command([tree.program()]);
-        command.args(["router", "--idle-exit", IDLE_EXIT, "--socket"]).arg(&socket);
+        let program = tree.program().display().to_string();
+        let mut command = command(enter.iter().chain([&program]));
+        command.args(["router", "--idle-exit", IDLE_EXIT, "--socket"]).arg(&socket).args(words);
         let job = Job::spawn(command, LIFE_LIMIT)?;
         let mut router = Self { job: Some(job), socket, program: tree.program(), _dir: dir };
         router.wait_until_it_answers()?;
@@ -58,11 +64,16 @@ impl Router {
         &self.socket
     }
 
-    /// Whether somebody listens by rdma_cm on a port.
-    pub fn lists(&self, port: u16) -> Result<bool> {
+    /// What `freeflow status --json` says.
+    pub fn status(&self) -> Result<Value> {
         let mut ask = command([&self.program]);
         ask.args(["status", "--json", "--socket"]).arg(&self.socket);
-        let status: Value = serde_json::from_str(&run(ask, START_LIMIT)?.stdout)?;
+        Ok(serde_json::from_str(&run(ask, START_LIMIT)?.stdout)?)
+    }
+
+    /// Whether somebody listens by rdma_cm on a port.
+    pub fn lists(&self, port: u16) -> Result<bool> {
+        let status = self.status()?;
         let listeners = status["listeners"].as_array().context("the status names no listeners")?;
         let suffix = format!(":{port}");
         let listens = |address: &Value| address.as_str().is_some_and(|text| text.ends_with(&suffix));

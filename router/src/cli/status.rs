@@ -3,7 +3,7 @@
 use std::{fmt::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
-use router::status::{Client, Lane, Qp, Status};
+use router::status::{Client, Lane, Link, Qp, Status};
 
 use super::{
     Failure,
@@ -93,7 +93,21 @@ fn text(status: &Status) -> String {
     let listeners = status.listeners.iter();
     let listeners = listeners.map(|l| vec![l.pid.to_string(), l.space.clone(), l.address.clone()]).collect();
     table(&mut text, "rdma_cm listeners", &["PID", "SPACE", "ADDRESS"], listeners);
+    let links = status.links.iter().map(link_row).collect();
+    let columns = ["ROUTER", "ADDRESS", "STATE", "TX BYTES", "RX BYTES", "CONNECTIONS"];
+    table(&mut text, "links", &columns, links);
     text
+}
+
+fn link_row(link: &Link) -> Vec<String> {
+    vec![
+        printable(&link.router),
+        link.address.clone(),
+        link.state.clone(),
+        size(link.tx_bytes),
+        size(link.rx_bytes),
+        link.connections.to_string(),
+    ]
 }
 
 fn lane_row(lane: &Lane) -> Vec<String> {

@@ -42,6 +42,12 @@ impl Prefix {
         u128::from_be_bytes(*gid) & mask(self.bits) == self.first
     }
 
+    /// How many bits all addresses inside have in common, IPv4 as IPv4-mapped.
+    #[must_use]
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+
     /// Whether any address lies inside both.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {

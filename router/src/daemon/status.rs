@@ -8,6 +8,7 @@ use verbs_abi::proto::Answer;
 
 use super::Daemon;
 use crate::{
+    link::Links,
     report, segment,
     session::{Parting, Session},
     status::{Listener, Status},
@@ -61,6 +62,9 @@ impl Daemon {
             client.lane_use = lane.with(|fabric| fabric.lane_use(client.id as u32));
         }
         status.listeners = self.listeners(sees);
+        if tenant.sees_all && trusted {
+            status.links = self.links.as_ref().map(Links::status).unwrap_or_default();
+        }
         status
     }
 

@@ -1,0 +1,94 @@
+//! The first words on a link: who speaks, which language, for which tenants.
+//!
+//! ```text
+//!  0 magic (8)   8 length of the rest (32, little-endian)   12 JSON
+//! ```
+
+use engine::wire::packet;
+use serde::{Deserialize, Serialize};
+
+const MAGIC: [u8; 8] = *b"FREEFLOW";
+const PREFIX: usize = 12;
+/// As many tenants as there may be, with the longest names.
+const LONGEST: usize = 256 * 1024;
+
+/// What a router says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Hello {
+    /// [`packet::VERSION`] of its engine.
+    pub(crate) version: u32,
+    /// Its name in the directory.
+    pub(crate) name: String,
+    /// Its tenants, by its numbers.
+    pub(crate) tenants: Vec<String>,
+}
+
+/// What a peer said instead.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BadHello {
+    #[error("it is no FreeFlow router")]
+    Stranger,
+    #[error("it speaks version {0} of the link's language, this router {ours}", ours = packet::VERSION)]
+    Version(u32),
+    #[error("its words make no sense: {0}")]
+    Words(#[from] serde_json::Error),
+}
+
+impl Hello {
+    /// That of this router.
+    pub(crate) fn new(name: &str, tenants: &[String]) -> Self {
+        Self { version: packet::VERSION, name: name.to_owned(), tenants: tenants.to_vec() }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let words = serde_json::to_vec(self).unwrap_or_default();
+        [&MAGIC[..], &(words.len() as u32).to_le_bytes(), &words].concat()
+    }
+
+    /// Takes it from the beginning of what has come, and says how long it was. `None`: more must come.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, BadHello> {
+        let begun = bytes.len().min(MAGIC.len());
+        if bytes[..begun] != MAGIC[..begun] {
+            return Err(BadHello::Stranger);
+        }
+        let Some(length) = bytes.get(MAGIC.len()..PREFIX).and_then(|length| length.first_chunk::<4>()) else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*length) as usize;
+        if length > LONGEST {
+            return Err(BadHello::Stranger);
+        }
+        let Some(words) = bytes.get(PREFIX..PREFIX + length) else { return Ok(None) };
+        let hello: Self = serde_json::from_slice(words)?;
+        if hello.version != packet::VERSION {
+            return Err(BadHello::Version(hello.version));
+        }
+        Ok(Some((hello, PREFIX + length)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hello_is_understood_when_all_of_it_has_come() {
+        let hello = Hello::new("a", &["blue".to_owned(), "red".to_owned()]);
+        let mut bytes = hello.encode();
+        let length = bytes.len();
+        bytes.extend([1, 2, 3]);
+        for part in 0..length {
+            assert!(matches!(Hello::decode(&bytes[..part]), Ok(None)), "{part}");
+        }
+        assert_eq!(Hello::decode(&bytes).unwrap(), Some((hello, length)));
+    }
+
+    #[test]
+    fn others_are_told_apart() {
+        assert!(matches!(Hello::decode(b"GET / HTTP/1.1"), Err(BadHello::Stranger)));
+        assert!(matches!(Hello::decode(b"FREEFLOW\xff\xff\xff\xff"), Err(BadHello::Stranger)));
+        assert!(matches!(Hello::decode(b"FREEFLOW\x02\0\0\0{}"), Err(BadHello::Words(_))));
+        let other = Hello { version: 99, ..Hello::new("a", &[]) };
+        assert!(matches!(Hello::decode(&other.encode()), Err(BadHello::Version(99))));
+    }
+}

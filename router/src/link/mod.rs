@@ -1,0 +1,168 @@
+//! Links to the routers of other hosts: TCP connections, made when something is to be sent, and the thread that serves
+//! them.
+//!
+//! ```text
+//!   lane --(packets)--> Caller --> Writer of the link
+//!                         | no link, or a full socket: eventfd
+//!                         +--------> Worker: epoll over listener and connections
+//! ```
+//!
+//! Between two routers there is one connection. Where both make one at once, that of the router whose name comes first
+//! stays. One that is lost is made again when something is to be sent, after a pause that grows while nobody answers.
+//! Leaves to others: what travels (the engine's `wire`), which router serves an address (`directory`).
+
+mod connection;
+mod hello;
+mod worker;
+mod writer;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::TcpListener,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use parking_lot::{Mutex, RwLock};
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::{
+    config,
+    directory::{Directory, Peer},
+    lane::Lane,
+    status,
+};
+use hello::Hello;
+use worker::Worker;
+use writer::{Progress, Writer};
+
+/// How a lane tells the thread of the links what is to be sent where.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    calls: Mutex<BTreeSet<u32>>,
+    /// Of the links that are up, by the peers' numbers.
+    writers: RwLock<Vec<Option<Arc<Mutex<Writer>>>>>,
+    traffic: Vec<Traffic>,
+    wake: OwnedFd,
+    /// Whether the thread was woken and has not looked yet.
+    rung: AtomicBool,
+    stopping: AtomicBool,
+}
+
+impl Caller {
+    fn new(peers: usize) -> io::Result<Self> {
+        Ok(Self {
+            calls: Mutex::default(),
+            writers: RwLock::new(vec![None; peers]),
+            traffic: (0..peers).map(|_| Traffic::default()).collect(),
+            wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            rung: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// Sends what is to be sent to these routers, as far as that is possible now; the rest is left to the thread.
+    pub(crate) fn send(&self, lane: &Lane, mut peers: Vec<u32>) {
+        peers.retain(|peer| {
+            let writer = self.writers.read().get(*peer as usize).cloned().flatten();
+            // Whoever writes now may just have looked for the last time.
+            let Some(mut writer) = writer.as_ref().and_then(|writer| writer.try_lock()) else { return true };
+            let mut sent = 0;
+            let progress = writer.pump(|into| lane.take_packets(*peer, into), &mut sent);
+            self.traffic[*peer as usize].sent.fetch_add(sent, Ordering::Relaxed);
+            !matches!(progress, Ok(Progress::Done))
+        });
+        if !peers.is_empty() {
+            self.calls.lock().extend(peers);
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        if !self.rung.swap(true, Ordering::SeqCst) {
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn take(&self) -> BTreeSet<u32> {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.wake, &mut count);
+        self.rung.store(false, Ordering::SeqCst);
+        std::mem::take(&mut self.calls.lock())
+    }
+}
+
+/// What a link has carried.
+#[derive(Debug, Default)]
+struct Traffic {
+    is_up: AtomicBool,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// Connections made, either way.
+    made: AtomicU64,
+}
+
+/// The links of a router.
+#[derive(Debug)]
+pub(crate) struct Links {
+    lane: Arc<Lane>,
+    caller: Arc<Caller>,
+    directory: Arc<Directory>,
+    hello: Hello,
+    listener: Option<TcpListener>,
+}
+
+impl Links {
+    /// Listens; nothing is served before [`Self::start`]. `tenants` are their names, by number.
+    pub(crate) fn new(
+        config: &config::Links,
+        directory: Arc<Directory>,
+        tenants: &[String],
+        lane: &Arc<Lane>,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::bind(config.listen)?;
+        listener.set_nonblocking(true)?;
+        let caller = Arc::new(Caller::new(directory.peers.len())?);
+        lane.set_caller(Arc::clone(&caller));
+        lane.with(|fabric| fabric.set_routing(Arc::clone(&directory) as Arc<_>));
+        Ok(Self {
+            lane: Arc::clone(lane),
+            caller,
+            hello: Hello::new(&config.name, tenants),
+            directory,
+            listener: Some(listener),
+        })
+    }
+
+    /// Starts the thread.
+    pub(crate) fn start(&mut self) -> io::Result<Option<JoinHandle<()>>> {
+        let Some(listener) = self.listener.take() else { return Ok(None) };
+        let worker = Worker::new(self, listener)?;
+        thread::Builder::new().name("links".to_owned()).spawn(move || worker.serve()).map(Some)
+    }
+
+    /// Ends the thread soon.
+    pub(crate) fn stop(&self) {
+        self.caller.stopping.store(true, Ordering::SeqCst);
+        self.caller.ring();
+    }
+
+    /// The other routers, and what the links to them carry.
+    pub(crate) fn status(&self) -> Vec<status::Link> {
+        let peers = self.directory.peers.iter().zip(&self.caller.traffic);
+        let link = |(peer, traffic): (&Peer, &Traffic)| status::Link {
+            router: peer.name.clone(),
+            address: peer.address.to_string(),
+            state: if traffic.is_up.load(Ordering::Relaxed) { "up" } else { "down" }.to_owned(),
+            tx_bytes: traffic.sent.load(Ordering::Relaxed),
+            rx_bytes: traffic.received.load(Ordering::Relaxed),
+            connections: traffic.made.load(Ordering::Relaxed),
+        };
+        peers.map(link).collect()
+    }
+}

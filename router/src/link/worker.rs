@@ -1,0 +1,433 @@
+//! The thread of the links: waits for sockets and for calls, moves bytes between sockets and the fabric.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    io,
+    net::TcpListener,
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use engine::wire::packet;
+use rustix::event::{Timespec, epoll};
+
+use super::{
+    Caller, Links,
+    connection::{Connection, Read, Stage},
+    hello::Hello,
+    writer::Progress,
+};
+use crate::{
+    directory::Directory,
+    lane::{self, Lane},
+    throttle::Throttle,
+};
+
+const WAKE: u64 = 0;
+const LISTENER: u64 = 1;
+const FIRST_CONNECTION: u64 = 2;
+
+/// How long a connection may take until packets travel.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The pause after the first failure; it doubles with each until the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A link this young is not given up for another one: both were made at once.
+const YOUNG: Duration = Duration::from_secs(2);
+/// Reads of one connection before others have their turn.
+const ROUNDS: u32 = 8;
+/// Connections that have not said who they are.
+const STRANGERS: usize = 64;
+
+/// What the thread knows of a router.
+#[derive(Debug, Default)]
+struct Peer {
+    /// The connection over which packets travel.
+    link: Option<u64>,
+    /// The connection that this router makes.
+    dialing: Option<u64>,
+    /// Something is to be sent to it, and there is no link.
+    wanted: bool,
+    pause: Duration,
+    /// It is not called before this.
+    retry: Option<Instant>,
+}
+
+/// The thread's own.
+pub(super) struct Worker {
+    lane: Arc<Lane>,
+    caller: Arc<Caller>,
+    directory: Arc<Directory>,
+    hello: Hello,
+    epoll: OwnedFd,
+    listener: TcpListener,
+    connections: BTreeMap<u64, Connection>,
+    next: u64,
+    peers: Vec<Peer>,
+    /// Routers that something is to be sent to.
+    calls: BTreeSet<u32>,
+    called: Vec<u32>,
+    complaints: Throttle,
+}
+
+impl Worker {
+    pub(super) fn new(links: &Links, listener: TcpListener) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let input = epoll::EventFlags::IN;
+        epoll::add(&epoll, &links.caller.wake, epoll::EventData::new_u64(WAKE), input)?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), input)?;
+        Ok(Self {
+            lane: Arc::clone(&links.lane),
+            caller: Arc::clone(&links.caller),
+            directory: Arc::clone(&links.directory),
+            hello: links.hello.clone(),
+            epoll,
+            listener,
+            connections: BTreeMap::new(),
+            next: FIRST_CONNECTION,
+            peers: links.directory.peers.iter().map(|_| Peer::default()).collect(),
+            calls: BTreeSet::new(),
+            called: Vec::new(),
+            complaints: Throttle::new(),
+        })
+    }
+
+    pub(super) fn serve(mut self) {
+        let none = epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+        let mut events = [none; 64];
+        lane::raise_priority();
+        while !self.caller.stopping.load(Ordering::SeqCst) {
+            let timeout = self.timeout();
+            let count = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+                Ok(count) => count,
+                Err(rustix::io::Errno::INTR) => 0,
+                Err(error) => return tracing::error!(%error, "links are not served any more"),
+            };
+            for event in &events[..count] {
+                match event.data.u64() {
+                    WAKE => self.calls.extend(self.caller.take()),
+                    LISTENER => self.accept(),
+                    token => self.attend(token, event.flags),
+                }
+            }
+            self.look_at_clock();
+            while let Some(peer) = self.calls.pop_first() {
+                self.answer(peer);
+            }
+        }
+    }
+
+    /// How long nothing has to be done by itself.
+    fn timeout(&self) -> Option<Timespec> {
+        let now = Instant::now();
+        let young = self.connections.values().filter(|connection| connection.stage != Stage::Up);
+        let patience = young.map(|connection| connection.since + PATIENCE);
+        let retries = self.peers.iter().filter(|peer| peer.wanted).filter_map(|peer| peer.retry);
+        let first = patience.chain(retries).min()?;
+        let left = first.saturating_duration_since(now) + Duration::from_millis(1);
+        Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
+    }
+
+    /// Ends what takes too long, and calls those again that did not answer.
+    fn look_at_clock(&mut self) {
+        let now = Instant::now();
+        let slow =
+            |connection: &Connection| connection.stage != Stage::Up && now > connection.since + PATIENCE;
+        let late: Vec<u64> =
+            self.connections.iter().filter(|(_, c)| slow(c)).map(|(token, _)| *token).collect();
+        for token in late {
+            self.lose(token, &"it took too long");
+        }
+        for (peer, number) in self.peers.iter_mut().zip(0..) {
+            if peer.wanted && peer.retry.is_some_and(|retry| now >= retry) {
+                (peer.retry, peer.wanted) = (None, false);
+                self.calls.insert(number);
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, address)) = self.listener.accept() {
+            let strangers = self.connections.values().filter(|connection| connection.peer.is_none());
+            if strangers.count() >= STRANGERS {
+                self.complain(&address, &"too many connections of strangers");
+                return;
+            }
+            match Connection::accepted(stream, self.hello.encode()) {
+                Ok(connection) => drop(self.add(connection)),
+                Err(error) => self.complain(&address, &error),
+            }
+        }
+    }
+
+    fn add(&mut self, connection: Connection) -> Option<u64> {
+        let token = self.next;
+        self.next += 1;
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT;
+        if let Err(error) = epoll::add(&self.epoll, &connection, epoll::EventData::new_u64(token), flags) {
+            tracing::error!(%error, "cannot watch a link");
+            return None;
+        }
+        let mut connection = connection;
+        connection.waits_for_room = true;
+        self.connections.insert(token, connection);
+        Some(token)
+    }
+
+    /// Something is to be sent to a router.
+    fn answer(&mut self, number: u32) {
+        let Some(peer) = self.peers.get_mut(number as usize) else { return };
+        if let Some(token) = peer.link {
+            return self.pump(token);
+        }
+        peer.wanted = true;
+        if peer.dialing.is_some() || peer.retry.is_some() {
+            return;
+        }
+        let address = self.directory.peers[number as usize].address;
+        match Connection::dial(number, address, self.hello.encode()) {
+            Ok(connection) => {
+                let token = self.add(connection);
+                self.peers[number as usize].dialing = token;
+            }
+            Err(error) => self.put_off(number, &error),
+        }
+    }
+
+    /// A router does not answer: it is called again after a pause.
+    fn put_off(&mut self, number: u32, why: &dyn std::fmt::Display) {
+        let peer = &mut self.peers[number as usize];
+        peer.pause = (peer.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        peer.retry = Some(Instant::now() + peer.pause);
+        self.complain(&self.directory.peers[number as usize].name, why);
+        self.change(|fabric| fabric.link_down(number, false));
+    }
+
+    fn attend(&mut self, token: u64, flags: epoll::EventFlags) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        if connection.stage == Stage::Connecting {
+            if let Err(error) = connection.connected() {
+                return self.lose(token, &error);
+            }
+            connection.stage = Stage::Greeting;
+        }
+        let gone = epoll::EventFlags::ERR | epoll::EventFlags::HUP;
+        if flags.intersects(epoll::EventFlags::OUT) {
+            self.pump(token);
+        }
+        if flags.intersects(epoll::EventFlags::IN | gone) {
+            self.read(token);
+        }
+    }
+
+    /// Reads, and does what the packets say.
+    fn read(&mut self, token: u64) {
+        for _ in 0..ROUNDS {
+            let Some(connection) = self.connections.get_mut(&token) else { return };
+            let read = match connection.read() {
+                Ok(read) => read,
+                Err(error) => return self.lose(token, &error),
+            };
+            if connection.stage == Stage::Greeting && !self.greet(token) {
+                return;
+            }
+            if let Err(error) = self.take_in(token) {
+                return self.lose(token, &error);
+            }
+            if read == Read::Dry {
+                return;
+            }
+        }
+    }
+
+    /// Hands whole packets to the fabric.
+    fn take_in(&mut self, token: u64) -> Result<(), packet::BadPacket> {
+        let Some(connection) = self.connections.get_mut(&token) else { return Ok(()) };
+        let Some(number) = connection.peer.filter(|_| connection.stage == Stage::Up) else { return Ok(()) };
+        let bytes = connection.arrived();
+        let (mut at, now) = (0, lane::now());
+        let taken = self.lane.serve_link(&mut self.called, |fabric| {
+            while let Some(length) = packet::length(&bytes[at..]) {
+                if length > packet::LONGEST {
+                    return Err(packet::BadPacket::Length((length - packet::HEADER) as u32));
+                }
+                let Some(packet) = bytes.get(at..at + length) else { break };
+                fabric.receive(number, packet, now)?;
+                at += length;
+            }
+            Ok(())
+        });
+        self.caller.traffic[number as usize].received.fetch_add(at as u64, Ordering::Relaxed);
+        connection.consume(at);
+        self.calls.extend(self.called.drain(..));
+        taken
+    }
+
+    /// Hears who the peer is. True: packets may follow.
+    fn greet(&mut self, token: u64) -> bool {
+        let Some(connection) = self.connections.get_mut(&token) else { return false };
+        let hello = match Hello::decode(connection.arrived()) {
+            Ok(None) => return false,
+            Ok(Some((hello, length))) => {
+                connection.consume(length);
+                hello
+            }
+            Err(error) => {
+                self.lose(token, &error);
+                return false;
+            }
+        };
+        match self.recognise(token, &hello) {
+            Ok(number) => self.establish(token, number, &hello),
+            Err(why) => {
+                self.lose(token, &why);
+                false
+            }
+        }
+    }
+
+    /// The number of the router that says hello, if it may be that.
+    fn recognise(&self, token: u64, hello: &Hello) -> Result<u32, String> {
+        let Some(connection) = self.connections.get(&token) else { return Err(String::new()) };
+        let number = self.directory.peer(&hello.name);
+        let number = number.ok_or_else(|| format!("{:?} is not in the directory", hello.name))?;
+        if connection.peer.is_some_and(|expected| expected != number) {
+            return Err(format!("another router answers, {:?}", hello.name));
+        }
+        let expected = self.directory.peers[number as usize].address.ip().to_canonical();
+        let remote = connection.remote().map(|remote| remote.ip().to_canonical());
+        if remote != Some(expected) {
+            return Err(format!("{} does not live there but at {expected}", hello.name));
+        }
+        Ok(number)
+    }
+
+    /// Lets packets travel, unless another connection to the same router is the better one.
+    fn establish(&mut self, token: u64, number: u32, hello: &Hello) -> bool {
+        let Some(dialed) = self.connections.get(&token).map(|connection| connection.dialed) else {
+            return false;
+        };
+        let peer = &self.peers[number as usize];
+        let first_name_is_ours = self.hello.name < hello.name;
+        let old = peer.link.and_then(|link| Some((link, self.connections.get(&link)?)));
+        if let Some((_, old)) = &old
+            && old.dialed != dialed
+            && old.since.elapsed() < YOUNG
+            && old.dialed == first_name_is_ours
+        {
+            self.lose(token, &"there is a link already");
+            return false;
+        }
+        if !dialed && first_name_is_ours && peer.dialing.is_some() {
+            self.lose(token, &"this router's own connection is on its way");
+            return false;
+        }
+        let old = old.map(|(old, _)| old);
+        let dialing = peer.dialing.filter(|dialing| *dialing != token);
+        for other in old.into_iter().chain(dialing) {
+            self.drop_connection(other);
+        }
+        let peer = &mut self.peers[number as usize];
+        *peer = Peer { link: Some(token), ..Peer::default() };
+        if let Some(connection) = self.connections.get_mut(&token) {
+            (connection.stage, connection.peer) = (Stage::Up, Some(number));
+            self.caller.writers.write()[number as usize] = Some(Arc::clone(&connection.writer));
+        }
+        let tenants = self.common_tenants(hello);
+        self.change(|fabric| fabric.link_up(number, tenants));
+        let traffic = &self.caller.traffic[number as usize];
+        traffic.is_up.store(true, Ordering::Relaxed);
+        traffic.made.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(router = hello.name, dialed, "link up");
+        self.calls.insert(number);
+        true
+    }
+
+    /// The peer's number of each tenant that both have, and ours.
+    fn common_tenants(&self, hello: &Hello) -> HashMap<u32, u32> {
+        let ours = |name: &String| self.hello.tenants.iter().zip(0..).find(|(ours, _)| *ours == name);
+        let theirs = hello.tenants.iter().zip(0..);
+        theirs.filter_map(|(name, theirs)| Some((theirs, ours(name)?.1))).collect()
+    }
+
+    /// Sends what is to be sent, as far as the socket takes it.
+    fn pump(&mut self, token: u64) {
+        let Some(connection) = self.connections.get(&token) else { return };
+        if connection.stage == Stage::Connecting {
+            return;
+        }
+        let number = connection.peer.filter(|_| connection.stage == Stage::Up);
+        let (lane, called, mut sent) = (&self.lane, &mut self.called, 0);
+        let take = |into: &mut Vec<u8>| {
+            number.is_some_and(|number| lane.serve_link(called, |fabric| fabric.take_packets(number, into)))
+        };
+        let progress = connection.writer.lock().pump(take, &mut sent);
+        if let Some(number) = number {
+            self.caller.traffic[number as usize].sent.fetch_add(sent, Ordering::Relaxed);
+        }
+        self.calls.extend(self.called.drain(..));
+        match progress {
+            Ok(progress) => self.await_room(token, progress != Progress::Done),
+            Err(error) => self.lose(token, &error),
+        }
+    }
+
+    /// Waits for a socket to take more, or no longer.
+    fn await_room(&mut self, token: u64, waits: bool) {
+        let Some(connection) = self.connections.get_mut(&token) else { return };
+        if connection.waits_for_room != waits {
+            connection.waits_for_room = waits;
+            let output = if waits { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+            let data = epoll::EventData::new_u64(token);
+            if let Err(error) = epoll::modify(&self.epoll, &*connection, data, epoll::EventFlags::IN | output)
+            {
+                tracing::error!(%error, "cannot change what is waited for");
+            }
+        }
+    }
+
+    /// A connection is over.
+    fn lose(&mut self, token: u64, why: &dyn std::fmt::Display) {
+        let Some(connection) = self.connections.get(&token) else { return };
+        let remote = connection.remote();
+        let Some(number) = self.drop_connection(token) else {
+            if let Some(remote) = remote {
+                self.complain(&remote, why);
+            }
+            return;
+        };
+        let was_dialing = self.peers[number as usize].dialing == Some(token);
+        let was_link = self.peers[number as usize].link == Some(token);
+        if was_dialing {
+            self.peers[number as usize].dialing = None;
+            if self.peers[number as usize].link.is_none() {
+                self.put_off(number, why);
+            }
+        } else if was_link {
+            self.peers[number as usize].link = None;
+            self.caller.writers.write()[number as usize] = None;
+            tracing::info!(router = self.directory.peers[number as usize].name, %why, "link lost");
+            self.caller.traffic[number as usize].is_up.store(false, Ordering::Relaxed);
+            self.change(|fabric| fabric.link_down(number, true));
+        }
+    }
+
+    /// Closes a connection; says whose it was.
+    fn drop_connection(&mut self, token: u64) -> Option<u32> {
+        let connection = self.connections.remove(&token)?;
+        let _ = epoll::delete(&self.epoll, &connection);
+        connection.peer
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut crate::lane::RouterFabric)) {
+        self.lane.serve_link(&mut self.called, change);
+        self.calls.extend(self.called.drain(..));
+    }
+
+    fn complain(&self, who: &dyn std::fmt::Display, why: &dyn std::fmt::Display) {
+        if let Some(suppressed) = self.complaints.admit() {
+            tracing::warn!(%who, %why, suppressed, "no link");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Two hosts on one machine: a network namespace each, a cable, a router each with a link to the other, and containers
+//! on overlay networks between them.
+//!
+//! The routers talk over the cable (10.200.77.0/24); the containers have the addresses of their overlay (10.201.77.0/24,
+//! 10.202.77.0/24). The two routers number their tenants differently.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::{
+    bed::{Bed, Place},
+    netns::{Namespace, NamespacePair},
+    router::Router,
+    tree::Tree,
+};
+
+const PORT: u16 = 7471;
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where servers run.
+    Left,
+    /// Where clients run.
+    Right,
+}
+
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Right => "right",
+        }
+    }
+}
+
+/// The hosts and what runs on them. Declared so that containers go before their hosts.
+#[derive(Debug)]
+pub struct Hosts {
+    overlays: Vec<NamespacePair>,
+    cable: NamespacePair,
+    tenants: Vec<String>,
+    dir: TempDir,
+}
+
+impl Hosts {
+    /// Makes two hosts with one overlay of the default tenant, or one for each of some tenants.
+    pub fn create(tenants: &[&str]) -> Result<Self> {
+        let cable = NamespacePair::create()?;
+        let overlays = (0..tenants.len().max(1))
+            .map(|id| NamespacePair::on_overlay(&cable, id))
+            .collect::<Result<_>>()?;
+        let dir = TempDir::with_prefix("freeflow-")?;
+        let tenants = tenants.iter().map(|&tenant| tenant.to_owned()).collect();
+        let hosts = Self { overlays, cable, tenants, dir };
+        hosts.write_configurations()?;
+        Ok(hosts)
+    }
+
+    fn namespace(&self, side: Side) -> &Namespace {
+        match side {
+            Side::Left => &self.cable.left,
+            Side::Right => &self.cable.right,
+        }
+    }
+
+    /// What goes before a command to run it on a host.
+    pub fn enter(&self, side: Side) -> Vec<String> {
+        self.namespace(side).enter()
+    }
+
+    /// The address of a host on the cable.
+    pub fn address(&self, side: Side) -> &'static str {
+        self.namespace(side).address
+    }
+
+    /// A container on a host, on one of the overlays.
+    pub fn container(&self, side: Side, overlay: usize) -> Place {
+        let overlay = &self.overlays[overlay];
+        Place::namespace(match side {
+            Side::Left => &overlay.left,
+            Side::Right => &overlay.right,
+        })
+    }
+
+    /// The socket of a tenant on a host.
+    pub fn tenant_socket(&self, side: Side, tenant: usize) -> PathBuf {
+        self.dir.path().join(format!("{}-{}", side.name(), self.tenants[tenant])).join("router.sock")
+    }
+
+    fn write_configurations(&self) -> Result<()> {
+        let directory = self.dir.path().join("directory.toml");
+        let mut text = "[routers]\n".to_owned();
+        for side in [Side::Left, Side::Right] {
+            text += &format!("{} = \"{}:{PORT}\"\n", side.name(), self.address(side));
+        }
+        let defaults = vec!["default".to_owned()];
+        let tenants = if self.tenants.is_empty() { &defaults } else { &self.tenants };
+        for (tenant, overlay) in tenants.iter().zip(&self.overlays) {
+            for (side, end) in [(Side::Left, &overlay.left), (Side::Right, &overlay.right)] {
+                for prefix in [format!("{}/32", end.address), format!("{}/128", end.address6)] {
+                    let name = side.name();
+                    text += &format!(
+                        "[[route]]\nprefix = \"{prefix}\"\nrouter = \"{name}\"\ntenant = \"{tenant}\"\n"
+                    );
+                }
+            }
+        }
+        fs::write(&directory, text)?;
+        for side in [Side::Left, Side::Right] {
+            let (name, address) = (side.name(), self.address(side));
+            let mut text = format!(
+                "[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\nsecurity = \"plain\"\n\
+                 [directory]\nfile = \"{}\"\n",
+                directory.display()
+            );
+            let mut tenants: Vec<String> = (0..self.tenants.len()).map(|i| self.tenant(side, i)).collect();
+            if side == Side::Right {
+                tenants.reverse();
+            }
+            text += &tenants.concat();
+            fs::write(self.configuration(side), text)?;
+        }
+        Ok(())
+    }
+
+    /// A tenant's part of a configuration.
+    fn tenant(&self, side: Side, tenant: usize) -> String {
+        let overlay = &self.overlays[tenant];
+        let ends = [&overlay.left, &overlay.right];
+        let prefixes: Vec<String> = ends
+            .iter()
+            .flat_map(|end| [format!("\"{}/32\"", end.address), format!("\"{}/128\"", end.address6)])
+            .collect();
+        let (name, socket) = (&self.tenants[tenant], self.tenant_socket(side, tenant));
+        format!(
+            "[[tenant]]\nname = \"{name}\"\nsocket = \"{}\"\nprefixes = [{}]\n",
+            socket.display(),
+            prefixes.join(", ")
+        )
+    }
+
+    fn configuration(&self, side: Side) -> PathBuf {
+        self.dir.path().join(format!("{}.toml", side.name()))
+    }
+
+    /// Starts the router of a host.
+    pub fn start_router(&self, tree: &Tree, side: Side) -> Result<Router> {
+        let words = ["--config".to_owned(), self.configuration(side).display().to_string()];
+        Router::start_in(tree, &self.enter(side), &words)
+            .with_context(|| format!("no router on the {} host", side.name()))
+    }
+
+    /// A bed whose server is a container of the left host, and its client one of the right host, on the first overlay.
+    pub fn bed(self, tree: Tree) -> Result<Bed> {
+        let (left, right) = (self.start_router(&tree, Side::Left)?, self.start_router(&tree, Side::Right)?);
+        let (server, client) = (self.container(Side::Left, 0), self.container(Side::Right, 0));
+        let mut bed = Bed::with_places(tree, left, server, client, Box::new(self));
+        bed.client_router = Some(right);
+        Ok(bed)
+    }
+}
