@@ -90,6 +90,7 @@ fn trials(stage: &Stage, place: &str) -> Vec<Trial> {
     trials.push(stage.trial(format!("rcopy ({place})"), rcopy));
     trials.push(stage.trial(format!("a TCP program over rsocket ({place})"), tcp_program));
     trials.push(stage.trial(format!("rstream -T a ({place})"), asynchronous));
+    trials.push(stage.trial(format!("mckey ({place})"), multicast));
     trials.push(stage.trial(format!("cmtime of 1000 connections ({place})"), cmtime));
     trials
 }
@@ -180,6 +181,21 @@ fn asynchronous(bed: &Bed) -> Result<()> {
     let outcome = PairOutcome { server, client };
     ensure!(outcome.server.succeeded() && matches!(code, Some(0 | 16)), "{}", outcome.report());
     Ok(())
+}
+
+/// The sender waits some seconds between joining and sending; who joined before gets all of its messages.
+fn multicast(bed: &Bed) -> Result<()> {
+    let words = |end: &str, address: &str| {
+        let text = format!("stdbuf -oL mckey -m 239.77.0.1 -C 10 -b {address}{end}");
+        text.split(' ').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let receiver = words("", &bed.server.address);
+    let receiver = Job::spawn(bed.command(&bed.server, &receiver), LIMIT)?;
+    wait_for(&receiver, "joined dgid")?;
+    let sender = words(" -s", &bed.client.address);
+    let client = Job::spawn(bed.command(&bed.client, &sender), LIMIT)?.wait()?;
+    let server = if client.succeeded() { receiver.wait()? } else { receiver.stop(Duration::from_secs(1))? };
+    PairOutcome { server, client }.success()
 }
 
 fn rping_by_ipv6(bed: &Bed) -> Result<()> {

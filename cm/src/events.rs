@@ -2,9 +2,16 @@
 
 use std::collections::VecDeque;
 
-use verbs_abi::proto::cm::{CmAnswer, Event, EventKind, EventParam};
+use verbs_abi::{
+    proto::cm::{CmAnswer, Event, EventKind, EventParam, Known},
+    verbs::QpState,
+};
 
-use crate::{CommId, Manager, Refusal, client::Queued, id::Id};
+use crate::{
+    CommId, Manager, Refusal,
+    client::Queued,
+    id::{Id, Phase},
+};
 
 impl Manager {
     /// Takes queued events out of an id's channel, and with the events of requests the ids made for them.
@@ -32,7 +39,7 @@ impl Manager {
     /// Queues an event of an id, unless the client has no word for the id yet.
     pub(crate) fn emit(&mut self, comm: CommId, kind: EventKind, status: i32, param: EventParam) {
         let Some(id) = self.ids.get(&comm).filter(|id| id.uid != 0) else { return };
-        let event = Event { uid: id.uid, id: id.number, kind, status, param };
+        let event = Event { uid: id.uid, id: id.number, kind, status, param, known: None };
         self.enqueue(comm, Queued { owner: comm, request: None, membership: None, event });
     }
 
@@ -54,6 +61,29 @@ impl Manager {
 
     /// Hands the next event out.
     pub(crate) fn next_event(&mut self, client: u32, channel: u32) -> Option<Event> {
+        let queued = self.hand_out(client, channel)?;
+        let Queued { owner, request, event, .. } = queued;
+        let known = self.known(event.kind, request.unwrap_or(owner));
+        Some(Event { known, ..event })
+    }
+
+    /// What librdmacm asks after an event of this kind.
+    fn known(&self, kind: EventKind, comm: CommId) -> Option<Box<Known>> {
+        use EventKind::{AddrResolved, ConnectRequest, ConnectResponse, RouteResolved};
+        if !matches!(kind, AddrResolved | RouteResolved | ConnectRequest | ConnectResponse) {
+            return None;
+        }
+        let connects = self.id(comm).is_ok_and(|id| id.phase != Phase::None && !id.is_datagram());
+        let later: &[QpState] = if connects { &[QpState::Rtr, QpState::Rts] } else { &[] };
+        let states = [QpState::Init].iter().chain(later);
+        let attr = |state: &QpState| match self.init_qp_attr(comm, state.value()) {
+            Ok(CmAnswer::QpAttr { mask, attr }) => Some((mask, attr)),
+            _ => None,
+        };
+        Some(Box::new(Known { route: self.route(comm).ok(), attrs: states.filter_map(attr).collect() }))
+    }
+
+    fn hand_out(&mut self, client: u32, channel: u32) -> Option<Queued> {
         let known = self.clients.get_mut(&client)?;
         let queued = known.channels.get_mut(&channel)?.pop_front()?;
         if let Some(membership) = queued.membership.and_then(|m| known.memberships.look_up_mut(m)) {
@@ -65,7 +95,7 @@ impl Manager {
         if queued.request.is_some() {
             self.make_room(queued.owner);
         }
-        Some(queued.event)
+        Some(queued)
     }
 
     /// Moves an id and its queued events to another channel of its client.

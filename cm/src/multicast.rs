@@ -42,7 +42,8 @@ impl Manager {
         let number = known.memberships.take(Membership { owner: comm, events_reported: 0 }, limit)?;
         let qpn = Qpn::MULTICAST.value();
         let param = EventParam::Ud(UdParam { qpn, qkey: UDP_QKEY, ah, private_data: Vec::new() });
-        let event = Event { uid, id: number, kind: EventKind::MulticastJoin, status: 0, param };
+        let kind = EventKind::MulticastJoin;
+        let event = Event { uid, id: number, kind, status: 0, param, known: None };
         self.enqueue(comm, Queued { owner: comm, request: None, membership: Some(number), event });
         Ok(CmAnswer::Id(number))
     }

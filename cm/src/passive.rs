@@ -177,7 +177,8 @@ impl Manager {
         if let Some(id) = self.ids.get_mut(&listener) {
             id.backlog.queued += 1;
         }
-        let event = Event { uid, id: number, kind: EventKind::ConnectRequest, status: 0, param };
+        let kind = EventKind::ConnectRequest;
+        let event = Event { uid, id: number, kind, status: 0, param, known: None };
         self.enqueue(listener, Queued { owner: listener, request: Some(comm), membership: None, event });
     }
 

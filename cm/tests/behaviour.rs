@@ -429,3 +429,37 @@ fn a_message_of_somebody_else_is_not_believed() {
     assert!(bed.ask(1, Command::Disconnect { id: passive }).is_ok());
     bed.expect(2, EventKind::Disconnected);
 }
+
+#[test]
+fn an_event_tells_what_would_be_asked_next() {
+    let mut bed = Bed::new();
+    bed.listener(space::TCP, 8);
+    let check = |bed: &mut Bed, client: u32, kind: EventKind, states: &[u32]| {
+        let event = bed.expect(client, kind);
+        let id = event.id;
+        let known = event.known.unwrap();
+        let route = known.route.map(CmAnswer::Route);
+        assert_eq!(route, bed.ask(client, Command::Query { id }).ok(), "{kind:?}");
+        let told: Vec<_> = known.attrs.iter().map(|(_, attr)| attr.qp_state).collect();
+        assert_eq!(told, states, "{kind:?}");
+        for (mask, attr) in known.attrs {
+            let asked = bed.ask(client, Command::InitQpAttr { id, state: attr.qp_state });
+            assert_eq!(asked, Ok(CmAnswer::QpAttr { mask, attr }), "{kind:?}");
+        }
+        id
+    };
+    let (init, all) = (&[1][..], &[1, 2, 3][..]);
+    let active = bed.create(2, space::TCP);
+    let destination = ip(&format!("10.0.0.1:{PORT}"));
+    let resolve = Command::ResolveAddr { id: active, source: None, destination, timeout_ms: 1000 };
+    bed.ask(2, resolve).unwrap();
+    check(&mut bed, 2, EventKind::AddrResolved, init);
+    bed.ask(2, Command::ResolveRoute { id: active }).unwrap();
+    check(&mut bed, 2, EventKind::RouteResolved, init);
+    bed.ask(2, Command::Connect { id: active, param: param(2) }).unwrap();
+    let passive = check(&mut bed, 1, EventKind::ConnectRequest, all);
+    bed.ask(1, Command::Accept { id: passive, uid: 5, param: Some(param(1)) }).unwrap();
+    check(&mut bed, 2, EventKind::ConnectResponse, all);
+    bed.ask(2, Command::Accept { id: active, uid: 0, param: None }).unwrap();
+    assert_eq!(bed.expect(1, EventKind::Established).known, None);
+}

@@ -323,8 +323,7 @@ pub(crate) unsafe fn copy_inline(
 #[inline]
 pub(crate) fn check_send(qp: &Qp) -> Result<(), Errno> {
     qp.bell.health().check_owner()?;
-    let state = QpState::try_from(qp.state()).map_err(|_| Errno::INVAL)?;
-    if state.may_post_send() { Ok(()) } else { Err(Errno::INVAL) }
+    qp.check_state(QpState::may_post_send)
 }
 
 pub(crate) unsafe extern "C" fn send(
@@ -504,8 +503,7 @@ pub(crate) unsafe extern "C" fn recv(
 #[inline]
 fn check_recv(qp: &Qp) -> Result<(), Errno> {
     qp.bell.health().check_owner()?;
-    let state = QpState::try_from(qp.state()).map_err(|_| Errno::INVAL)?;
-    if state.may_post_recv() { Ok(()) } else { Err(Errno::INVAL) }
+    qp.check_state(QpState::may_post_recv)
 }
 
 #[cfg(test)]

@@ -5,15 +5,15 @@ use std::collections::BTreeSet;
 use std::ffi::c_int;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{ibv_qp, ibv_qp_attr, ibv_qp_init_attr};
 use verbs_abi::proto::{Answer, Gid, QpAttr, QpCap, Request};
-use verbs_abi::qp_attr;
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
 use verbs_abi::shm::queue::QueueArea;
 use verbs_abi::verbs::{QpAttrMask, QpState, QpType, WcStatus};
+use verbs_abi::{qp_attr, qp_state};
 
 use crate::abi::edge::{self, Errno};
 use crate::bell::Bell;
@@ -60,6 +60,8 @@ pub(crate) struct Qp {
     pub(crate) sq_freed: AtomicU64,
     /// Receive WQEs whose completion was polled.
     pub(crate) rq_freed: AtomicU64,
+    /// Whether the router was told to bring it to INIT, and may not have done it yet.
+    pub(crate) begins: AtomicBool,
     /// Async events handed to the application.
     pub(crate) async_delivered: AtomicU32,
     /// The shared queue that it takes its receives from.
@@ -113,6 +115,35 @@ impl Qp {
     #[inline]
     pub(crate) fn state(&self) -> u32 {
         self.area.header.state().load(Ordering::Relaxed)
+    }
+
+    /// Refuses what its state, or INIT if it is sure to reach that, does not allow.
+    #[inline]
+    pub(crate) fn check_state(&self, allows: impl Fn(QpState) -> bool) -> Result<(), Errno> {
+        let state = QpState::try_from(self.state()).map_err(|_| Errno::INVAL)?;
+        let coming = || state == QpState::Reset && self.begins.load(Ordering::Acquire);
+        if allows(state) || coming() && allows(QpState::Init) { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    /// Goes to INIT without waiting for the router, which cannot refuse it: nobody else sees the difference. False:
+    /// the router must be asked.
+    ///
+    /// Whatever is asked next is answered after it, and what is posted before the router knows lies in the queue
+    /// then.
+    fn begin(&self, device: &Context, request: &Request, attr: &QpAttr, named: QpAttrMask) -> bool {
+        let Ok(from) = QpState::try_from(self.state()) else { return false };
+        let told = named.contains(QpAttrMask::STATE) && !named.contains(QpAttrMask::CUR_STATE);
+        if !told || attr.qp_state != QpState::Init.value() || !matches!(from, QpState::Reset | QpState::Init)
+        {
+            return false;
+        }
+        let limits = &engine::ATTR_LIMITS;
+        let allowed = qp_state::modify(self.limits.qp_type, from, named.bits(), attr, limits).is_ok();
+        let said = allowed && device.link.mention(request);
+        if said {
+            self.begins.store(true, Ordering::Release);
+        }
+        said
     }
 
     /// Tells the router that there is something new.
@@ -228,6 +259,10 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
         device.health().check_owner()?;
         // This process executes nothing while the router changes the QP.
         let mut sends = own.send.lock();
+        if own.begin(device, &request, &attr, named) {
+            return Ok(());
+        }
+        own.begins.store(false, Ordering::Release);
         let (answer, fds) = device.link.ask(&request, &[])?;
         if named.contains(QpAttrMask::STATE) && attr.qp_state == QpState::Reset.value() {
             sends.seat = None;

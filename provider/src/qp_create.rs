@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use verbs_abi::ffi::{
     self, ibv_context, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_xrcd,
@@ -251,6 +251,7 @@ pub(crate) fn build(
         recv: Lock::new(RecvQueue::new()),
         sq_freed: AtomicU64::new(0),
         rq_freed: AtomicU64::new(0),
+        begins: AtomicBool::new(false),
         async_delivered: AtomicU32::new(0),
         srq: parts.srq,
         send_cq: parts.send_cq.map(|cq| (cq, given.send_slot)),

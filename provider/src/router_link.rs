@@ -11,21 +11,48 @@ use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
-use verbs_abi::proto::{Answer, Endpoint, Reply, Request};
+use verbs_abi::proto::{Answer, Endpoint, ProtoError, Reply, Request};
 
 use crate::abi::edge::Errno;
 use crate::error::{self, OpenError};
 use crate::health::Health;
+use crate::log::{self, Level};
 
 /// How long a router may take to answer the first request: a program is waiting to hear whether there is one.
 const GREETING: Duration = Duration::from_secs(4);
 /// How long it may take to answer later.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Replies that may wait in the socket for the next request: fewer than the router would take amiss.
+const MAX_UNREAD: u32 = 8;
+
+/// The socket, and what was asked on it and not waited for.
+#[derive(Debug)]
+struct Line {
+    endpoint: Endpoint,
+    unread: u32,
+}
+
+impl Line {
+    /// The reply to what was asked last. Replies come in the order of the requests.
+    fn reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ProtoError> {
+        while self.unread > 0 {
+            let (reply, _) = self.endpoint.recv::<Reply>()?;
+            self.unread -= 1;
+            if let Err(errno) = reply {
+                log::say(
+                    Level::Debug,
+                    format_args!("the router refused what was taken for granted: {errno}"),
+                );
+            }
+        }
+        self.endpoint.recv()
+    }
+}
 
 /// A connection to the router.
 #[derive(Debug)]
 pub(crate) struct RouterLink {
-    endpoint: Mutex<Endpoint>,
+    line: Mutex<Line>,
     fd: RawFd,
     path: PathBuf,
     health: Arc<Health>,
@@ -39,7 +66,8 @@ impl RouterLink {
             match connect(&path) {
                 Ok(socket) => {
                     let fd = socket.as_raw_fd();
-                    return Ok(RouterLink { endpoint: Mutex::new(Endpoint::new(socket)), fd, path, health });
+                    let line = Mutex::new(Line { endpoint: Endpoint::new(socket), unread: 0 });
+                    return Ok(RouterLink { line, fd, path, health });
                 }
                 Err(errno) => {
                     failure.get_or_insert(OpenError::NoRouter { path, errno });
@@ -65,13 +93,13 @@ impl RouterLink {
         request: &Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Answer, Vec<OwnedFd>), OpenError> {
-        let endpoint = self.endpoint();
+        let Line { endpoint, .. } = &*self.line();
         let path = || self.path.clone();
         let reply = endpoint.send(request, fds).and_then(|()| endpoint.recv::<Reply>());
         match reply {
             Ok((Ok(answer), fds)) => {
                 // Where it cannot be set, the shorter time stays.
-                let _ = set_socket_timeout(&*endpoint, Timeout::Recv, Some(PATIENCE));
+                let _ = set_socket_timeout(endpoint, Timeout::Recv, Some(PATIENCE));
                 Ok((answer, fds))
             }
             Ok((Err(errno), _)) if errno == libc::EPROTONOSUPPORT => Err(OpenError::Version { path: path() }),
@@ -87,19 +115,28 @@ impl RouterLink {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Answer, Vec<OwnedFd>), Errno> {
         self.health.check_owner()?;
-        let endpoint = self.endpoint();
+        let mut line = self.line();
         if self.health.is_dead() {
             return Err(Errno::IO);
         }
-        match endpoint.send(request, fds).and_then(|()| endpoint.recv::<Reply>()) {
+        match line.endpoint.send(request, fds).and_then(|()| line.reply()) {
             Ok((Ok(answer), fds)) => Ok((answer, fds)),
             Ok((Err(errno), _)) => Err(error::from_router(errno)),
             Err(_) => {
                 // A late reply would be taken for the next one: nothing more is asked on this connection.
-                let _ = rustix::net::shutdown(&*endpoint, Shutdown::Both);
+                let _ = rustix::net::shutdown(&line.endpoint, Shutdown::Both);
                 Err(Errno::IO)
             }
         }
+    }
+
+    /// Says what the router cannot refuse, without waiting for its reply. False: it must be asked.
+    pub(crate) fn mention(&self, request: &Request) -> bool {
+        let mut line = self.line();
+        let said =
+            !self.health.is_dead() && line.unread < MAX_UNREAD && line.endpoint.send(request, &[]).is_ok();
+        line.unread += u32::from(said);
+        said
     }
 
     /// Asks for something that needs no more than "done".
@@ -129,11 +166,11 @@ impl RouterLink {
     /// Ends the connection. A forked child may still have the descriptor: closing ours alone would end nothing.
     pub(crate) fn end(&self) {
         self.health.mark_dead();
-        let _ = rustix::net::shutdown(&*self.endpoint(), Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.line().endpoint, Shutdown::Both);
     }
 
-    fn endpoint(&self) -> MutexGuard<'_, Endpoint> {
-        self.endpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -136,15 +136,20 @@ impl Lane {
         seen.extend(self.own_word.iter().chain(self.words.iter().map(|(word, _)| word)).map(WakeWord::seen));
     }
 
-    /// Does something to the fabric between two turns, and lets the lane see what follows from it.
+    /// Does something to the fabric between two turns, and wakes the lane if something follows from it for the lane:
+    /// most verbs give it nothing to do.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut Fabric<ClientMemory>) -> R) -> R {
         self.waiters.fetch_add(1, Ordering::Relaxed);
         let mut seat = self.seat.lock();
         self.waiters.fetch_sub(1, Ordering::Relaxed);
+        let timer = seat.fabric.next_timer();
         let result = change(&mut seat.fabric);
+        // A later timer costs the lane a look in vain, an earlier one is not the lane's yet.
+        let sooner = seat.fabric.next_timer().is_some_and(|new| timer.is_none_or(|old| new < old));
+        let wanted = sooner || seat.fabric.has_turns();
         drop(seat);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
-        if self.page.is_asleep() {
+        if wanted && self.page.is_asleep() {
             self.wake();
         }
         result
@@ -419,7 +424,8 @@ mod tests {
         }
         let before = lane.sleeps();
         lane.with(|_| ());
-        slept(&lane, before + 1);
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(lane.sleeps(), before, "it was woken for nothing");
         assert!(ended.try_recv().is_err());
         lane.stop();
         thread.join().unwrap();

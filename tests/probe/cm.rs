@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use verbs_abi::ffi::ibv_qp_attr;
 
 use crate::tcp::sockaddr;
 
@@ -118,6 +119,7 @@ library! {
     rdma_ack_cm_event: fn(*mut RawEvent) -> c_int;
     rdma_migrate_id: fn(*mut c_void, *mut RawChannel) -> c_int;
     rdma_set_option: fn(*mut c_void, c_int, c_int, *mut c_void, usize) -> c_int;
+    rdma_init_qp_attr: fn(*mut c_void, *mut ibv_qp_attr, *mut c_int) -> c_int;
     rdma_get_src_port: fn(*mut c_void) -> u16;
 }
 
@@ -321,6 +323,15 @@ impl Id {
     pub(crate) fn migrate(&self, channel: &Channel) -> Result<()> {
         // SAFETY: a live id, a live channel.
         done("rdma_migrate_id", unsafe { (library()?.rdma_migrate_id)(self.0, channel.0) })
+    }
+
+    /// The attributes with which a QP would go to a state.
+    pub(crate) fn qp_attr(&self, qp_state: u32) -> Result<ibv_qp_attr> {
+        let (mut attr, mut mask) = (ibv_qp_attr { qp_state, ..ibv_qp_attr::default() }, 0);
+        // SAFETY: a live id, room for the answers.
+        let code = unsafe { (library()?.rdma_init_qp_attr)(self.0, &raw mut attr, &raw mut mask) };
+        done("rdma_init_qp_attr", code)?;
+        Ok(attr)
     }
 
     /// Sets an option of level `RDMA_OPTION_ID`.

@@ -65,6 +65,10 @@ impl<M: Memory> Fabric<M> {
         self.accesses.outbox.pop_front()
     }
 
+    pub(super) fn has_accesses(&self) -> bool {
+        !self.accesses.outbox.is_empty()
+    }
+
     /// Takes back an access that was performed, or cannot be.
     pub fn finish(&mut self, access: Access) {
         let Some(flight) = self.accesses.flights.remove(&access.ticket) else { return };

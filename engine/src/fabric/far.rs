@@ -111,6 +111,10 @@ impl<M: Memory> Fabric<M> {
         self.let_go_on(peer);
     }
 
+    pub(super) fn has_calls(&self) -> bool {
+        !self.links.calls.is_empty() || !self.links.owing.is_empty()
+    }
+
     /// A router that something is to be sent to, once.
     pub fn next_call(&mut self) -> Option<u32> {
         self.links.calls.pop_first()

@@ -39,6 +39,7 @@ use access::{Accesses, Counts};
 pub use far::Routing;
 use far::{Far, Links};
 use groups::Groups;
+pub use modify::ATTR_LIMITS;
 use schedule::Schedule;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};

@@ -15,7 +15,7 @@ const ENOENT: i32 = 2;
 const NOBODY: u32 = 0;
 
 /// The limits that attributes are checked against.
-const LIMITS: AttrLimits = AttrLimits {
+pub const ATTR_LIMITS: AttrLimits = AttrLimits {
     gid_tbl_len: GID_TABLE_LEN,
     max_mtu: Mtu::Mtu4096,
     max_rd_atomic: MAX_RD_ATOMIC,
@@ -33,7 +33,7 @@ impl<M: Memory> Fabric<M> {
         let Some(qp) = self.qps[at].as_mut() else { return Err(ENOENT) };
         let from = qp.state;
         let qp_type = qp.requester.qp_type();
-        let to = qp_state::modify(qp_type, from, mask, attr, &LIMITS).map_err(|_| EINVAL)?;
+        let to = qp_state::modify(qp_type, from, mask, attr, &ATTR_LIMITS).map_err(|_| EINVAL)?;
         let mask = QpAttrMask::try_from(mask).map_err(|_| EINVAL)?;
         merge(&mut qp.attr, attr, mask);
         if from == QpState::Init && to == QpState::Rtr {
@@ -69,7 +69,10 @@ impl<M: Memory> Fabric<M> {
                 self.start_far(at);
             }
             self.give_seat(at);
-            self.schedule.enqueue(at);
+            // The doorbell of what was posted too early has passed.
+            if self.qps[at].as_ref().is_some_and(|qp| qp.direct.is_some() || qp.requester.has_work()) {
+                self.schedule.enqueue(at);
+            }
         }
         if to == QpState::Sqd && from == QpState::Rts {
             self.drain(at, announce_drain);

@@ -124,6 +124,13 @@ impl<M: Memory> Fabric<M> {
         self.schedule.next_timer()
     }
 
+    /// Whether [`Self::run`], [`Self::next_access`] or [`Self::next_call`] has something to do at once, doorbells
+    /// left out.
+    #[must_use]
+    pub fn has_turns(&self) -> bool {
+        self.schedule.len() > 0 || self.has_accesses() || self.has_calls()
+    }
+
     /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
     pub fn run(&mut self, now: u64) -> bool {
         self.now = now;

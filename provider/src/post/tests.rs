@@ -118,3 +118,22 @@ fn a_receive_wakes_who_waits_for_it() {
     assert!(qp.qp.bell.is_pending());
     assert_eq!(post(), libc::ENOMEM);
 }
+
+#[test]
+fn what_is_posted_before_the_router_knows_the_state_is_taken() {
+    let bed = Bed::new();
+    let qp = bed.qp(&bed.cq(), ffi::IBV_QPT_RC, 2);
+    let mut sge = sge();
+    let mut receive = ibv_recv_wr { wr_id: 5, next: ptr::null_mut(), sg_list: &raw mut sge, num_sge: 1 };
+    let mut states = |known: u32, begins: bool| {
+        qp.qp.area.header.state().store(known, Ordering::Relaxed);
+        qp.qp.begins.store(begins, Ordering::Relaxed);
+        let (mut bad, list) = (ptr::null_mut(), &raw mut receive);
+        // SAFETY: a live QP, a list of one.
+        let received = unsafe { recv(qp.c(), list, &raw mut bad) } == 0;
+        (received, post(&qp, &mut write(1, &mut self::sge())).0 == 0)
+    };
+    assert_eq!(states(ffi::IBV_QPS_RESET, false), (false, false));
+    assert_eq!(states(ffi::IBV_QPS_RESET, true), (true, false), "receives, as in INIT");
+    assert_eq!(states(ffi::IBV_QPS_RTS, true), (true, true));
+}

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::ReadWriteFlags;
-use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command};
+use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command, Known};
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::LAYOUT_VERSION;
 
@@ -33,17 +33,13 @@ pub(crate) struct Manager {
     /// The router's names of the channels.
     channels: Mutex<HashMap<RawFd, u32>>,
     watched: Mutex<Option<watch::Ticket>>,
-    last_route: Mutex<LastRoute>,
+    /// What events told of their ids: librdmacm asks for it in many steps. Locked while the router is asked, so
+    /// that it changes in the router's order.
+    facts: Mutex<Facts>,
 }
 
-/// The last answer to a query: librdmacm asks three times in a row for parts of what the router tells at once. It
-/// holds until anything else is asked.
-#[derive(Debug, Default)]
-struct LastRoute {
-    known: Option<(RawFd, u32, CmAnswer)>,
-    /// Counts what else was asked, so that an answer that comes after it is not kept.
-    others: u64,
-}
+/// What is known of ids, by their numbers, with the channels that they are on.
+type Facts = HashMap<u32, (RawFd, Box<Known>)>;
 
 /// The process's connection, made now if there is none. Whoever has it gives it back by [`registry::leave_manager`].
 pub(crate) fn adopt() -> Result<Arc<Manager>, Errno> {
@@ -73,7 +69,7 @@ impl Manager {
             guid,
             channels: Mutex::default(),
             watched: Mutex::default(),
-            last_route: Mutex::default(),
+            facts: Mutex::default(),
         });
         let mortal: Arc<dyn Mortal> = Arc::clone(&manager) as _;
         match watch::add(&mortal, manager.link.fd()) {
@@ -101,29 +97,41 @@ impl Manager {
         lock(&self.channels).get(&fd).copied().ok_or(Errno::BADF)
     }
 
+    /// What an event told of an id, if nothing has changed since.
+    fn known<T>(&self, fd: RawFd, id: u32, find: impl Fn(&Known) -> Option<T>) -> Option<T> {
+        lock(&self.facts).get(&id).filter(|(channel, _)| *channel == fd).and_then(|(_, known)| find(known))
+    }
+
     /// What is known of an id's route.
     fn route(&self, fd: RawFd, id: u32) -> Result<CmAnswer, Errno> {
-        let others = {
-            let last = lock(&self.last_route);
-            match &last.known {
-                Some((channel, known, answer)) if (*channel, *known) == (fd, id) => return Ok(answer.clone()),
-                _ => last.others,
-            }
-        };
-        let answer = self.send(fd, Command::Query { id })?;
-        let mut last = lock(&self.last_route);
-        if last.others == others {
-            last.known = Some((fd, id, answer.clone()));
+        match self.known(fd, id, |known| known.route.clone()) {
+            Some(route) => Ok(CmAnswer::Route(route)),
+            None => self.send(fd, Command::Query { id }),
         }
-        Ok(answer)
+    }
+
+    /// The attributes with which the QP of an id goes to a state.
+    fn qp_attr(&self, fd: RawFd, id: u32, state: u32) -> Result<CmAnswer, Errno> {
+        let told = |known: &Known| known.attrs.iter().find(|(_, attr)| attr.qp_state == state).copied();
+        match self.known(fd, id, told) {
+            Some((mask, attr)) => Ok(CmAnswer::QpAttr { mask, attr }),
+            None => self.send(fd, Command::InitQpAttr { id, state }),
+        }
     }
 
     fn ask(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
-        let answer = self.send(fd, command);
-        // After the command: a query that came before it or met it has not kept its answer, or loses it now.
-        let mut last = lock(&self.last_route);
-        last.known = None;
-        last.others += 1;
+        let about = command.id();
+        let mut facts = lock(&self.facts);
+        let mut answer = self.send(fd, command);
+        if let Some(id) = about {
+            facts.remove(&id);
+        }
+        if let Ok(CmAnswer::Event(Some(event))) = &mut answer {
+            match event.known.take() {
+                Some(known) => facts.insert(event.id, (fd, known)),
+                None => facts.remove(&event.id),
+            };
+        }
         answer
     }
 
@@ -176,6 +184,7 @@ impl Manager {
             }
             What::Ask(Command::Bind { address: Address::Ib(_), .. }) if older_dialect() => Err(Errno::INVAL),
             What::Ask(Command::Query { id }) => self.route(fd, id),
+            What::Ask(Command::InitQpAttr { id, state }) => self.qp_attr(fd, id, state),
             What::Ask(command) => {
                 let answer = self.ask(fd, command)?;
                 take_back(fd, &answer);
@@ -234,6 +243,7 @@ impl CommandChannel for Manager {
 
     fn event_channel_closed(&self, fd: RawFd) {
         let channel = lock(&self.channels).remove(&fd);
+        lock(&self.facts).retain(|_, (on, _)| *on != fd);
         if let Some(channel) = channel.filter(|_| self.is_usable()) {
             let _ = self.link.release(&Request::Cm(CmRequest::CloseChannel { channel }));
         }

@@ -249,7 +249,8 @@ fn events_lie_where_the_header_says() {
     let param =
         ConnParam { qpn: 0x12, private_data: vec![9; 196], responder_resources: 4, ..ConnParam::default() };
     let kind = EventKind::ConnectResponse;
-    let event = Event { uid: 0x55, id: 3, kind, status: -110, param: EventParam::Conn(param) };
+    let param = EventParam::Conn(param);
+    let event = Event { uid: 0x55, id: 3, kind, status: -110, param, known: None };
     let (reply, least) = bytes(Shape::Event, &CmAnswer::Event(Some(event.clone())));
     assert_eq!((reply.len(), least), (336, 328));
     assert_eq!((reply[0], reply[8], reply[12]), (0x55, 3, 5));

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Result, anyhow, ensure};
+use verbs_abi::ffi::{IBV_QPS_RTR, IBV_QPS_RTS};
 
 use crate::cm::{Channel, ConnParam, Event, Id, errno, kind};
 
@@ -200,6 +201,24 @@ pub(crate) fn options() -> Result<()> {
     id.set_option(ACK_TIMEOUT, 20_u8)?;
     ensure!(errno(&id.set_option(TOS, 32_u32)) == Some(libc::EINVAL), "a TOS of four bytes");
     ensure!(errno(&id.set_option(99, 1_i32)) == Some(libc::ENOSYS), "an option that is none");
+    late_options()
+}
+
+/// What an event told of an id is no longer true after an option was set.
+fn late_options() -> Result<()> {
+    let (server, client) = (Channel::new()?, Channel::new()?);
+    let (_listener, address) = listener(&server)?;
+    let active = asking(&client, address, b"")?;
+    let passive = server.expect(kind::CONNECT_REQUEST)?.take_id();
+    passive.accept(ConnParam::new(b"", 0x99))?;
+    client.expect(kind::CONNECT_RESPONSE)?;
+    for (end, timeout, peer) in [(&active, 21_u8, 0x99), (&passive, 22, 0x77)] {
+        ensure!(end.qp_attr(IBV_QPS_RTR)?.dest_qp_num == peer, "another peer than {peer:#x}");
+        end.qp_attr(IBV_QPS_RTS)?;
+        end.set_option(ACK_TIMEOUT, timeout)?;
+        let told = end.qp_attr(IBV_QPS_RTS)?.timeout;
+        ensure!(told == timeout, "the ACK timeout is {told} instead of {timeout}");
+    }
     Ok(())
 }
 

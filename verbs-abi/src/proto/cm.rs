@@ -163,6 +163,31 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// The id that it is about.
+    #[must_use]
+    pub fn id(&self) -> Option<u32> {
+        match *self {
+            Self::CreateId { .. } | Self::NextEvent | Self::LeaveMulticast { .. } => None,
+            Self::DestroyId { id }
+            | Self::Bind { id, .. }
+            | Self::ResolveAddr { id, .. }
+            | Self::ResolveRoute { id }
+            | Self::Query { id }
+            | Self::Connect { id, .. }
+            | Self::Listen { id, .. }
+            | Self::Accept { id, .. }
+            | Self::Reject { id, .. }
+            | Self::Disconnect { id }
+            | Self::InitQpAttr { id, .. }
+            | Self::SetOption { id, .. }
+            | Self::Notify { id, .. }
+            | Self::JoinMulticast { id, .. }
+            | Self::MigrateId { id, .. } => Some(id),
+        }
+    }
+}
+
 /// An option of an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CmOption {
@@ -253,6 +278,18 @@ pub struct Event {
     pub status: i32,
     /// What the other end said.
     pub param: EventParam,
+    /// What the process is about to ask for next.
+    pub known: Option<Box<Known>>,
+}
+
+/// What is known of an id when one of its events is handed out, so that nobody need ask. It holds until a command
+/// about the id, or another event of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// The answer to [`Command::Query`].
+    pub route: Option<Route>,
+    /// Answers to [`Command::InitQpAttr`]: mask and attributes, for the states named there.
+    pub attrs: Vec<(u32, QpAttr)>,
 }
 
 /// What an event carries.
