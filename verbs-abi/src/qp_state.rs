@@ -126,7 +126,7 @@ pub fn modify(
     attr: &QpAttr,
     limits: &AttrLimits,
 ) -> Result<QpState, ModifyError> {
-    let mask = A::try_from(mask)?;
+    let mask = heeded(qp_type, A::try_from(mask)?);
     if mask.contains(A::CUR_STATE) {
         let claimed = QpState::try_from(attr.cur_qp_state)?;
         if claimed != current {
@@ -137,6 +137,17 @@ pub fn modify(
     transition(qp_type, current, to, mask)?;
     validate(mask, attr, limits)?;
     Ok(to)
+}
+
+/// The attributes of a mask that mean something to the type. An XRC QP has one half only: what concerns the other one is
+/// ignored, and programs that treat it as RC rest on that.
+#[must_use]
+pub fn heeded(qp_type: QpType, mask: A) -> A {
+    match qp_type {
+        QpType::XrcSend => mask.difference(A::MAX_DEST_RD_ATOMIC | A::MIN_RNR_TIMER),
+        QpType::XrcRecv => mask.difference(A::MAX_QP_RD_ATOMIC | A::RETRY_CNT | A::RNR_RETRY),
+        _ => mask,
+    }
 }
 
 /// Checks that a QP may go from one state to another with the attributes in `mask`.

@@ -212,3 +212,25 @@ fn modify_refuses_whatever_is_wrong() {
     assert_eq!(modify(A::CUR_STATE.bits()), Err(belief));
     assert!(matches!(modify(A::QKEY.bits()), Err(ModifyError::Transition(_))));
 }
+
+#[test]
+fn an_xrc_qp_takes_the_attributes_of_rc_and_ignores_those_of_the_half_that_it_lacks() {
+    let path = A::STATE | A::AV | A::PATH_MTU | A::DEST_QPN | A::RQ_PSN;
+    let to_rtr = path | A::MAX_DEST_RD_ATOMIC | A::MIN_RNR_TIMER;
+    let to_rts = A::STATE | A::TIMEOUT | A::RETRY_CNT | A::RNR_RETRY | A::SQ_PSN | A::MAX_QP_RD_ATOMIC;
+    for qp_type in [QpType::XrcSend, QpType::XrcRecv] {
+        for (from, to, mask) in [(Init, Rtr, to_rtr), (Rtr, Rts, to_rts)] {
+            let attr = QpAttr { qp_state: to.value(), ..valid_attr() };
+            assert_eq!(modify(qp_type, from, mask.bits(), &attr, &LIMITS), Ok(to), "{qp_type}");
+        }
+    }
+    // Not even their values matter.
+    let attr = QpAttr { qp_state: Rtr.value(), min_rnr_timer: 99, ..valid_attr() };
+    assert_eq!(modify(QpType::XrcSend, Init, to_rtr.bits(), &attr, &LIMITS), Ok(Rtr));
+    assert!(modify(QpType::XrcRecv, Init, to_rtr.bits(), &attr, &LIMITS).is_err());
+    // An initiator needs no more than the path, a target the rest as well.
+    assert_eq!(modify(QpType::XrcSend, Init, path.bits(), &attr, &LIMITS), Ok(Rtr));
+    assert!(modify(QpType::XrcRecv, Init, path.bits(), &attr, &LIMITS).is_err());
+    // Other types ignore nothing.
+    assert!(modify(QpType::Uc, Init, to_rtr.bits(), &attr, &LIMITS).is_err());
+}

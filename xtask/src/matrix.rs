@@ -59,6 +59,7 @@ enum Connection {
     Rc,
     Uc,
     Ud,
+    Xrc,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -200,13 +201,14 @@ impl Connection {
             Self::Rc => "RC",
             Self::Uc => "UC",
             Self::Ud => "UD",
+            Self::Xrc => "XRC",
         }
     }
 
     /// READ and atomics need RC, WRITE at least UC.
     fn suits(self, tool: &str) -> bool {
         match self {
-            Self::Rc => true,
+            Self::Rc | Self::Xrc => true,
             Self::Uc => tool.starts_with("ib_write") || tool.starts_with("ib_send"),
             Self::Ud => tool.starts_with("ib_send"),
         }

@@ -34,7 +34,7 @@ impl<M: Memory> Fabric<M> {
         let from = qp.state;
         let qp_type = qp.requester.qp_type();
         let to = qp_state::modify(qp_type, from, mask, attr, &ATTR_LIMITS).map_err(|_| EINVAL)?;
-        let mask = QpAttrMask::try_from(mask).map_err(|_| EINVAL)?;
+        let mask = qp_state::heeded(qp_type, QpAttrMask::try_from(mask).map_err(|_| EINVAL)?);
         merge(&mut qp.attr, attr, mask);
         if from == QpState::Init && to == QpState::Rtr {
             self.connect_far(at);
