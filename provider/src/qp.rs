@@ -268,8 +268,11 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
             sends.seat = None;
             own.restart(&mut sends);
         }
-        // SAFETY: a live QP's PD is live.
-        take_seat(device, own, &mut sends, unsafe { Pd::of((*qp).pd).id }, answer, fds);
+        if matches!(answer, Answer::Direct(_)) {
+            // SAFETY: a QP that can be connected directly has a PD, which is live; an XRC receiver has none.
+            let pd = unsafe { Pd::of((*qp).pd).id };
+            take_seat(device, own, &mut sends, pd, answer, fds);
+        }
         Ok(())
     })
 }
