@@ -6,7 +6,7 @@
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{Mode as FileMode, OFlags};
@@ -26,6 +26,7 @@ use crate::event::{AsyncEvents, Channels};
 use crate::gid::{self, GidTable};
 use crate::health::Health;
 use crate::hooks::{self, CommandChannel};
+use crate::import::Importable;
 use crate::log::{self, Level};
 use crate::memory::Mover;
 use crate::router_link::{RouterLink, above_stdio};
@@ -51,7 +52,11 @@ pub(crate) struct Context {
     /// The clients whose QPs this one executes on directly.
     pub(crate) peers: Peers,
     /// Bytes of device memory in use.
-    pub(crate) dm_bytes: AtomicU64,
+    pub(crate) dm_bytes: Arc<AtomicU64>,
+    /// The PDs and the device memory, which can be imported.
+    pub(crate) importable: Importable,
+    /// Contexts that C has of it: the one that was opened, and those that were imported.
+    contexts: AtomicU32,
     gids: GidTable,
     watched: Mutex<Option<watch::Ticket>>,
 }
@@ -78,7 +83,9 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         channels: Channels::default(),
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),
-        dm_bytes: AtomicU64::new(0),
+        dm_bytes: Arc::default(),
+        importable: Importable::default(),
+        contexts: AtomicU32::new(1),
         gids: GidTable::default(),
         watched: Mutex::default(),
         link,
@@ -158,8 +165,20 @@ impl Context {
         self.bell.health()
     }
 
+    /// C has one more context of it.
+    pub(crate) fn join(&self) {
+        self.contexts.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// C has one context less of it: ends the client with the last one.
+    pub(crate) fn leave(&self) {
+        if self.contexts.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.end();
+        }
+    }
+
     /// Ends the client, although a completion channel that was not destroyed may keep this value alive.
-    pub(crate) fn end(&self) {
+    fn end(&self) {
         if self.health().is_child() {
             return;
         }
@@ -215,6 +234,15 @@ impl CommandChannel for Context {
 
     fn next_async_event(&self) -> Result<Option<AsyncEventDesc>, Errno> {
         Ok(self.events.next())
+    }
+
+    fn async_descriptor(&self) -> Result<OwnedFd, Errno> {
+        self.health().check_owner()?;
+        self.events.descriptor()
+    }
+
+    fn opened_device(self: Arc<Self>) -> Option<Arc<Context>> {
+        Some(self)
     }
 
     fn sysfs(&self, file: &str) -> Option<String> {

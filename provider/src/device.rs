@@ -75,8 +75,7 @@ impl DeviceOps {
             functions.push(ops::implementation(Op::FreeContext).unwrap_or(ptr::null()));
         }
         if level.device_imports_context() {
-            // Importing a context means sharing a client between processes, which the router does not do.
-            functions.push(ptr::null());
+            functions.push(import_context as *const () as _);
         }
         functions.extend([alloc_device as *const () as *const c_void, uninit_device as *const () as _]);
         functions.resize(6, ptr::null());
@@ -174,6 +173,28 @@ unsafe extern "C" fn alloc_context(
     })
 }
 
+/// Makes a further context of an opened device. Owns `cmd_fd`, a copy of that device's, whatever it returns.
+unsafe extern "C" fn import_context(device: *mut ibv_device, cmd_fd: c_int) -> *mut c_void {
+    edge::pointer(|| {
+        // SAFETY: libibverbs passes a descriptor that it hands over.
+        let cmd_fd = unsafe { OwnedFd::from_raw_fd(cmd_fd) };
+        let verbs = verbs().ok_or(Errno::NODEV)?;
+        let opened = registry::device_of_copy(cmd_fd.as_raw_fd()).and_then(CommandChannel::opened_device);
+        let Some(context) = opened else {
+            report(format_args!("only what this process has opened can be imported"));
+            return Err(Errno::OPNOTSUPP);
+        };
+        context.health().check_owner()?;
+        context.join();
+        // SAFETY: libibverbs passes one of its devices.
+        unsafe { wrap(verbs, device, cmd_fd, Arc::clone(&context), None) }.map_err(|error| {
+            context.leave();
+            report(format_args!("cannot import a context: {error}"));
+            error.errno()
+        })
+    })
+}
+
 /// Says it on stderr, unless it was the last thing said: some programs try again and again.
 fn report(message: fmt::Arguments<'_>) {
     static LAST: Mutex<String> = Mutex::new(String::new());
@@ -204,6 +225,27 @@ unsafe fn open(
     let events = hooks::event_counter().map_err(system("make the async descriptor"))?;
     let context = context::open(name, events.as_fd())?;
     forbid_commands(&mut cmd_fd).map_err(system("open /dev/null for reading"))?;
+    // SAFETY: the caller's promise.
+    let raw = unsafe { wrap(verbs, device, cmd_fd, context, Some(events)) }?;
+    let (level, comp_mask) = (verbs.level, verbs.qp_comp_mask);
+    log::say(
+        log::Level::Debug,
+        format_args!("opened {name}, layout {level:?}, verbs_qp.comp_mask at {comp_mask}"),
+    );
+    Ok(raw)
+}
+
+/// The context that C is shown of an opened device. Without `events` libibverbs asks for an async descriptor itself.
+///
+/// # Safety
+/// `device` must be one of libibverbs' devices.
+unsafe fn wrap(
+    verbs: &Verbs,
+    device: *mut ibv_device,
+    cmd_fd: OwnedFd,
+    context: Arc<Context>,
+    events: Option<OwnedFd>,
+) -> Result<*mut c_void, AllocError> {
     let command = cmd_fd.as_raw_fd();
     let size = verbs.level.context_size() + size_of::<Extension>();
     // SAFETY: the function's contract since release 25; it takes the descriptor over.
@@ -223,7 +265,6 @@ unsafe fn open(
     // SAFETY: as above; the public context was found where it should be.
     unsafe {
         set_ops(verbs, raw);
-        (*public).async_fd = events.into_raw_fd();
         (*public).num_comp_vectors = context.num_comp_vectors();
     }
     // SAFETY: as above.
@@ -233,15 +274,16 @@ unsafe fn open(
         return Err(AllocError::Layout(op.name()));
     }
     let channel: Arc<dyn CommandChannel> = Arc::clone(&context) as _;
-    // SAFETY: as above.
-    registry::opened(command, unsafe { (*public).async_fd }, &channel);
+    match events.map(IntoRawFd::into_raw_fd) {
+        Some(events) => {
+            // SAFETY: as above.
+            unsafe { (*public).async_fd = events };
+            registry::opened(command, events, &channel);
+        }
+        None => registry::enter(command, registry::Role::Command, &channel),
+    }
     // SAFETY: the extension lies behind the public context, inside the allocation.
     unsafe { extension(public).write(Extension { context: Arc::into_raw(context) }) };
-    let (level, comp_mask) = (verbs.level, verbs.qp_comp_mask);
-    log::say(
-        log::Level::Debug,
-        format_args!("opened {name}, layout {level:?}, verbs_qp.comp_mask at {comp_mask}"),
-    );
     Ok(raw)
 }
 
@@ -363,8 +405,7 @@ mod tests {
         };
         assert_eq!(filled(Level::V25), 5); // with free_context
         assert_eq!(filled(Level::V28), 4);
-        assert_eq!(filled(Level::V31), 5); // with a null import_context
-        assert!(DeviceOps::new(Level::V36).functions[2].is_null());
+        assert_eq!(filled(Level::V31), 5); // with import_context
     }
 
     #[test]

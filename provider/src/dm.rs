@@ -5,7 +5,8 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use verbs_abi::ffi::{ibv_alloc_dm_attr, ibv_context, ibv_dm, ibv_mr, ibv_pd};
 use verbs_abi::proto::{Answer, Request};
@@ -13,7 +14,6 @@ use verbs_abi::shm::PAGE;
 use verbs_abi::verbs::AccessFlags;
 
 use crate::abi::edge::{self, Errno};
-use crate::context::Context;
 use crate::device;
 use crate::error;
 use crate::mr::{self, Backing, Wanted};
@@ -29,12 +29,22 @@ const WORD: u64 = 4;
 #[derive(Debug)]
 pub(crate) struct Dm {
     public: ibv_dm,
-    /// The first of its pages.
+    pages: Arc<Pages>,
+    /// Whether it is another context's.
+    is_imported: bool,
+    /// MRs on it.
+    mrs: AtomicU32,
+}
+
+/// What device memory is made of; it ends with its last import.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    /// The first one.
     base: usize,
     /// Bytes asked for.
     length: u64,
-    /// MRs on it.
-    mrs: AtomicU32,
+    /// Bytes of device memory in use, these among them.
+    used: Arc<AtomicU64>,
 }
 
 impl Dm {
@@ -43,7 +53,30 @@ impl Dm {
         self.mrs.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Bytes of its pages.
+    fn object(context: *mut ibv_context, handle: u32, pages: Arc<Pages>, is_imported: bool) -> *mut ibv_dm {
+        let public = ibv_dm {
+            context,
+            memcpy_to_dm: Some(copy_to),
+            memcpy_from_dm: Some(copy_from),
+            comp_mask: 0,
+            handle,
+        };
+        Box::into_raw(Box::new(Dm { public, pages, is_imported, mrs: AtomicU32::new(0) })).cast()
+    }
+}
+
+impl Pages {
+    /// Pages of zeros, counted in `used`.
+    fn new(length: u64, used: &Arc<AtomicU64>) -> Result<Pages, Errno> {
+        let more = |used: u64| used.checked_add(length).filter(|&used| used <= MAX_TOTAL);
+        used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).map_err(|_| Errno::NOMEM)?;
+        let base = map(length).inspect_err(|_| {
+            used.fetch_sub(length, Ordering::SeqCst);
+        })?;
+        Ok(Pages { base, length, used: Arc::clone(used) })
+    }
+
+    /// Bytes of them all.
     fn room(&self) -> usize {
         (self.length as usize).next_multiple_of(PAGE)
     }
@@ -58,6 +91,33 @@ impl Dm {
     }
 }
 
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: from `new`; no MR is on them, for each keeps its `Dm`.
+        let _ = unsafe { rustix::mm::munmap(self.base as *mut c_void, self.room()) };
+        self.used.fetch_sub(self.length, Ordering::SeqCst);
+    }
+}
+
+/// The device memory of these pages, for another context than the one that made it.
+pub(crate) fn import(context: *mut ibv_context, handle: u32, pages: Arc<Pages>) -> *mut ibv_dm {
+    Dm::object(context, handle, pages, true)
+}
+
+/// Forgets imported device memory, unless an MR is on it.
+///
+/// # Safety
+/// `dm` must be live device memory of ours; it is gone afterwards.
+pub(crate) unsafe fn release_import(dm: *mut ibv_dm) {
+    // SAFETY: the caller's promise.
+    let own = unsafe { &*dm.cast::<Dm>() };
+    // Libibverbs has no way to hear of a refusal: what an MR is on stays for as long as the process.
+    if own.is_imported && own.mrs.load(Ordering::SeqCst) == 0 {
+        // SAFETY: from `import`.
+        drop(unsafe { Box::from_raw(dm.cast::<Dm>()) });
+    }
+}
+
 pub(crate) unsafe extern "C" fn alloc(
     context: *mut ibv_context,
     attr: *mut ibv_alloc_dm_attr,
@@ -69,28 +129,10 @@ pub(crate) unsafe extern "C" fn alloc(
         if attr.comp_mask != 0 || length == 0 || attr.log_align_req > PAGE.trailing_zeros() {
             return Err(Errno::INVAL);
         }
-        take_bytes(device, length)?;
-        let base = map(length).inspect_err(|_| give_bytes(device, length))?;
-        let public = ibv_dm {
-            context,
-            memcpy_to_dm: Some(copy_to),
-            memcpy_from_dm: Some(copy_from),
-            comp_mask: 0,
-            handle: 0,
-        };
-        let dm = Dm { public, base, length, mrs: AtomicU32::new(0) };
-        Ok(Box::into_raw(Box::new(dm)).cast())
+        let pages = Arc::new(Pages::new(length, &device.dm_bytes)?);
+        let handle = device.importable.enter_dm(&pages);
+        Ok(Dm::object(context, handle, pages, false))
     })
-}
-
-fn take_bytes(device: &Context, length: u64) -> Result<(), Errno> {
-    let more = |used: u64| used.checked_add(length).filter(|&used| used <= MAX_TOTAL);
-    let taken = device.dm_bytes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
-    taken.map(|_| ()).map_err(|_| Errno::NOMEM)
-}
-
-fn give_bytes(device: &Context, length: u64) {
-    device.dm_bytes.fetch_sub(length, Ordering::SeqCst);
 }
 
 /// Pages of zeros.
@@ -108,15 +150,15 @@ pub(crate) unsafe extern "C" fn free(dm: *mut ibv_dm) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes live device memory of ours, whose context is open.
         let (device, own) = unsafe { (device::state((*dm).context), &*dm.cast::<Dm>()) };
+        if own.is_imported {
+            return Err(Errno::INVAL);
+        }
         if own.mrs.load(Ordering::SeqCst) > 0 {
             return Err(Errno::BUSY);
         }
-        // SAFETY: from `alloc`, and gone for C when this returns 0; no MR is on its pages.
-        unsafe {
-            let _ = rustix::mm::munmap(own.base as *mut c_void, own.room());
-            give_bytes(device, own.length);
-            drop(Box::from_raw(dm.cast::<Dm>()));
-        }
+        device.importable.forget_dm(own.public.handle);
+        // SAFETY: from `alloc`, and gone for C when this returns 0.
+        drop(unsafe { Box::from_raw(dm.cast::<Dm>()) });
         Ok(())
     })
 }
@@ -133,14 +175,15 @@ pub(crate) unsafe extern "C" fn register(
         let (device, own, dm) = unsafe { (device::state((*pd).context), Pd::of(pd), &mut *dm.cast::<Dm>()) };
         device.health().check_owner()?;
         let flags = AccessFlags::try_from(access).map_err(|_| Errno::INVAL)?;
-        let inside = offset.checked_add(length as u64).is_some_and(|end| end <= dm.length);
+        let inside = offset.checked_add(length as u64).is_some_and(|end| end <= dm.pages.length);
         if !inside || !flags.contains(AccessFlags::ZERO_BASED) || !flags.valid_for_mr() {
             return Err(Errno::INVAL);
         }
         // All of its pages are its own: they move as a whole.
-        let moved = device.mover.register(dm.base, dm.room(), true);
+        let moved = device.mover.register(dm.pages.base, dm.pages.room(), true);
         let moved = moved.map_err(|error| error::from_router(error.errno()))?;
-        let wanted = Wanted { pd: own.id, addr: dm.base + offset as usize, length, iova: 0, access: flags };
+        let wanted =
+            Wanted { pd: own.id, addr: dm.pages.base + offset as usize, length, iova: 0, access: flags };
         let mut request = wanted.request(Some(&moved));
         // The router wants no more than the pages of the region.
         let page = PAGE as u64;
@@ -166,7 +209,7 @@ pub(crate) unsafe extern "C" fn register(
 unsafe extern "C" fn copy_to(dm: *mut ibv_dm, offset: u64, from: *const c_void, length: usize) -> c_int {
     edge::status(|| {
         // SAFETY: the application passes live device memory of ours.
-        let to = unsafe { &*dm.cast::<Dm>() }.place(offset, length)?;
+        let to = unsafe { &*dm.cast::<Dm>() }.pages.place(offset, length)?;
         // SAFETY: the application passes `length` readable bytes; the place lies inside the device memory.
         unsafe { ptr::copy_nonoverlapping(from.cast::<u8>(), to, length) };
         Ok(())
@@ -176,7 +219,7 @@ unsafe extern "C" fn copy_to(dm: *mut ibv_dm, offset: u64, from: *const c_void, 
 unsafe extern "C" fn copy_from(to: *mut c_void, dm: *mut ibv_dm, offset: u64, length: usize) -> c_int {
     edge::status(|| {
         // SAFETY: the application passes live device memory of ours.
-        let from = unsafe { &*dm.cast::<Dm>() }.place(offset, length)?;
+        let from = unsafe { &*dm.cast::<Dm>() }.pages.place(offset, length)?;
         // SAFETY: the application passes `length` writable bytes; the place lies inside the device memory.
         unsafe { ptr::copy_nonoverlapping(from.cast_const(), to.cast::<u8>(), length) };
         Ok(())
@@ -189,11 +232,9 @@ mod tests {
 
     #[test]
     fn copies_are_of_words_and_stay_inside() {
-        let base = map(100).unwrap();
-        // SAFETY: pointers and integers, for which zero is a value.
-        let public: ibv_dm = unsafe { std::mem::zeroed() };
-        let mut dm = Dm { public, base, length: 100, mrs: AtomicU32::new(0) };
-        let at = (&raw mut dm).cast::<ibv_dm>();
+        let used = Arc::default();
+        let pages = Arc::new(Pages::new(100, &used).unwrap());
+        let at = Dm::object(ptr::null_mut(), 1, pages, true);
         let (words, mut back) = (*b"eightytw", [0_u8; 8]);
         // SAFETY: the device memory and the arrays live here.
         unsafe {
@@ -204,7 +245,9 @@ mod tests {
             assert_eq!(copy_to(at, 4, words.as_ptr().cast(), 3), libc::EINVAL);
             assert_eq!(copy_from(back.as_mut_ptr().cast(), at, 96, 8), libc::EFAULT);
             assert_eq!(copy_from(back.as_mut_ptr().cast(), at, u64::MAX - 3, 8), libc::EFAULT);
-            rustix::mm::munmap(base as *mut c_void, dm.room()).unwrap();
+            release_import(at);
         }
+        assert_eq!(used.load(Ordering::SeqCst), 0);
+        assert!(Pages::new(MAX_TOTAL + 1, &used).is_err());
     }
 }

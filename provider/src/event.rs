@@ -188,6 +188,11 @@ impl AsyncEvents {
         AsyncEvents { counter, sources, elements: Mutex::default() }
     }
 
+    /// A further descriptor to read the events from: each is read through one of them.
+    pub(crate) fn descriptor(&self) -> Result<OwnedFd, Errno> {
+        rustix::io::fcntl_dupfd_cloexec(&self.counter, 0)
+    }
+
     /// The live QPs and CQs.
     pub(crate) fn elements(&self) -> MutexGuard<'_, Elements> {
         lock(&self.elements)

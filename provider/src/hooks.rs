@@ -3,6 +3,7 @@
 //! | libibverbs calls | on | and gets |
 //! |---|---|---|
 //! | `write` | a command descriptor | a completion channel: an eventfd; EOPNOTSUPP for any other command |
+//! | `ioctl` | a command descriptor | an async descriptor for an imported context; ENOTTY for any other command |
 //! | `read` | a completion channel, the async descriptor | the next event's record, built in this process |
 //! | `close` | any of the three | the owner is told first |
 //! | `openat` | a file below our device's sysfs directory | a memfd with what [`CommandChannel::sysfs`] says |
@@ -19,7 +20,7 @@
 mod rdmacm;
 pub(crate) mod registry;
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -29,10 +30,12 @@ use rustix::event::EventfdFlags;
 use rustix::fs::MemfdFlags;
 use verbs_abi::ffi_private::{
     AsyncEventDesc, CMD_CREATE_COMP_CHANNEL, CmdHdr, CompEventDesc, CreateCompChannel, CreateCompChannelResp,
+    IoctlAttr, IoctlHdr, OBJECT_ASYNC_EVENT, VERBS_IOCTL,
 };
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::library::{LIBRDMACM, Library, Verbs};
+use crate::context::Context;
 use crate::got::{self, Hook, Original};
 use crate::log::{self, Level};
 use registry::{Owner, Role};
@@ -69,6 +72,16 @@ pub(crate) trait CommandChannel: Send + Sync {
         Err(Errno::BADF)
     }
 
+    /// A descriptor for a further context of the device, which was imported, to read the async events from.
+    fn async_descriptor(&self) -> Result<OwnedFd, Errno> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// The device itself.
+    fn opened_device(self: Arc<Self>) -> Option<Arc<Context>> {
+        None
+    }
+
     /// What a sysfs file of the device says, by its name below the device's directory (`ports/1/gids/0`); `None` to
     /// let the file itself answer. Asked of the device opened last, since libibverbs does not say for which.
     fn sysfs(&self, file: &str) -> Option<String> {
@@ -92,15 +105,17 @@ pub(crate) trait CommandChannel: Send + Sync {
 }
 
 static WRITE: Original = Original::new();
+static IOCTL: Original = Original::new();
 static READ: Original = Original::new();
 static CLOSE: Original = Original::new();
 static OPENAT: Original = Original::new();
 static NL_CONNECT: Original = Original::new();
 
-fn libibverbs_hooks() -> [Hook; 5] {
+fn libibverbs_hooks() -> [Hook; 6] {
     let hook = |name, replacement, original| Hook { name, replacement, original };
     [
         hook(c"write", hooked_write as *const () as *const c_void, &WRITE),
+        hook(c"ioctl", hooked_ioctl as *const () as *const c_void, &IOCTL),
         hook(c"read", hooked_read as *const () as *const c_void, &READ),
         hook(c"close", hooked_close as *const () as *const c_void, &CLOSE),
         hook(c"openat", hooked_openat as *const () as *const c_void, &OPENAT),
@@ -152,6 +167,7 @@ unsafe fn original<F: Copy>(original: &Original, fallback: F) -> F {
 }
 
 type Write = unsafe extern "C" fn(c_int, *const c_void, usize) -> isize;
+type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
 type Read = unsafe extern "C" fn(c_int, *mut c_void, usize) -> isize;
 type Close = unsafe extern "C" fn(c_int) -> c_int;
 type OpenAt = unsafe extern "C" fn(c_int, *const c_char, c_int, libc::mode_t) -> c_int;
@@ -203,6 +219,53 @@ fn create_comp_channel(device: &Arc<dyn CommandChannel>) -> Result<RawFd, Errno>
     device.comp_channel_created(channel.as_raw_fd())?;
     registry::enter(channel.as_raw_fd(), Role::Completion, device);
     Ok(channel.into_raw_fd())
+}
+
+/// `ioctl(2)` as libibverbs calls it. It is variadic in C, with one argument at the most; both calling conventions
+/// pass it alike.
+unsafe extern "C" fn hooked_ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    match registry::look_up(fd) {
+        Some((Role::Command, owner)) if request == VERBS_IOCTL => {
+            let done = edge::syscall(|| {
+                let Owner::Live(device) = owner else { return Err(Errno::IO) };
+                // SAFETY: libibverbs passes a command with its attributes.
+                unsafe { new_async_descriptor(&device, argument.cast()) }
+            });
+            done as c_int
+        }
+        // SAFETY: the caller's own arguments for the caller's own function.
+        _ => unsafe { original::<Ioctl>(&IOCTL, ioctl)(fd, request, argument) },
+    }
+}
+
+unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    // SAFETY: the caller's own arguments.
+    unsafe { libc::ioctl(fd, request, argument) }
+}
+
+/// The one command that libibverbs gives by `ioctl` whatever the provider offers: an async descriptor for a context
+/// that was imported.
+///
+/// # Safety
+/// `header` must be followed by as many attributes as it says, which are the caller's to write.
+unsafe fn new_async_descriptor(
+    device: &Arc<dyn CommandChannel>,
+    header: *mut IoctlHdr,
+) -> Result<isize, Errno> {
+    // SAFETY: the caller's promise.
+    let IoctlHdr { object_id, method_id, num_attrs, .. } = unsafe { header.read_unaligned() };
+    if (object_id, method_id, num_attrs) != (OBJECT_ASYNC_EVENT, 0, 1) {
+        // As the descriptor itself would say: then libibverbs goes other ways.
+        return Err(Errno::NOTTY);
+    }
+    let descriptor = device.async_descriptor()?;
+    registry::enter(descriptor.as_raw_fd(), Role::Async, device);
+    // SAFETY: as above: there is one attribute.
+    unsafe {
+        let attribute = header.add(1).cast::<IoctlAttr>();
+        (&raw mut (*attribute).data).write_unaligned(descriptor.into_raw_fd() as u64);
+    }
+    Ok(0)
 }
 
 /// A descriptor that carries events as counts: each read takes one.

@@ -21,6 +21,7 @@ mod gid;
 mod got;
 mod health;
 mod hooks;
+mod import;
 mod lock;
 mod log;
 mod mcast;

@@ -7,7 +7,7 @@ use std::ffi::{c_int, c_void};
 use verbs_abi::ffi::{
     IBV_REREG_MR_CHANGE_ACCESS, IBV_REREG_MR_CHANGE_PD, IBV_REREG_MR_CHANGE_TRANSLATION, ibv_mr, ibv_pd,
 };
-use verbs_abi::ffi_private::{MR_TYPE_MR, VerbsMr};
+use verbs_abi::ffi_private::{MR_TYPE_IMPORTED_MR, MR_TYPE_MR, VerbsMr};
 use verbs_abi::proto::{Answer, RegMr, Request, WHOLE_PROCESS};
 use verbs_abi::shm::PAGE;
 use verbs_abi::verbs::AccessFlags;
@@ -39,6 +39,8 @@ pub(crate) enum Backing {
     Moved(Registration),
     /// Device memory, which stays as long as an MR is on it.
     Device(Registration, *mut Dm),
+    /// Another MR's, which gives it back.
+    Imported,
 }
 
 pub(crate) unsafe extern "C" fn register(
@@ -78,6 +80,31 @@ pub(crate) unsafe fn object(
     let ibv_mr = ibv_mr { context, pd, addr, length: what.length, handle: key, lkey: key, rkey: key };
     let public = VerbsMr { ibv_mr, mr_type: MR_TYPE_MR, access };
     Box::into_raw(Box::new(Mr { public, iova: what.iova, backing })).cast()
+}
+
+/// The MR of that key, for another context than the one that registered it: keys, and no address.
+///
+/// # Safety
+/// `pd` must be a live PD of ours.
+pub(crate) unsafe fn import(pd: *mut ibv_pd, key: u32) -> *mut ibv_mr {
+    let nowhere = Wanted { pd: 0, addr: 0, length: 0, iova: 0, access: AccessFlags::empty() };
+    // SAFETY: the caller's promise.
+    let mr = unsafe { object(pd, &nowhere, 0, key, Backing::Imported) };
+    // SAFETY: just made.
+    unsafe { (*mr.cast::<VerbsMr>()).mr_type = MR_TYPE_IMPORTED_MR };
+    mr
+}
+
+/// Forgets an imported MR.
+///
+/// # Safety
+/// `mr` must be what [`import`] returned, and is gone afterwards.
+pub(crate) unsafe fn release_import(mr: *mut ibv_mr) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mr = Box::from_raw(mr.cast::<Mr>());
+        Pd::of(mr.public.ibv_mr.pd).let_go();
+    }
 }
 
 /// What an RNIC refuses before it looks at the memory.
@@ -240,6 +267,10 @@ pub(crate) unsafe extern "C" fn deregister(mr: *mut VerbsMr) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes a live MR of ours, whose context is open.
         let (device, public) = unsafe { (device::state((*mr).ibv_mr.context), (*mr).ibv_mr) };
+        // SAFETY: as above.
+        if unsafe { (*mr).mr_type } == MR_TYPE_IMPORTED_MR {
+            return Err(Errno::INVAL);
+        }
         device.link.release(&Request::DeregMr { key: public.lkey })?;
         // SAFETY: from `object`, and gone for C when this returns 0.
         let mr = unsafe { Box::from_raw(mr.cast::<Mr>()) };
@@ -253,6 +284,7 @@ pub(crate) unsafe extern "C" fn deregister(mr: *mut VerbsMr) -> c_int {
                 // SAFETY: it lives as long as an MR is on it.
                 unsafe { (*dm).let_go() };
             }
+            Backing::Imported => {}
         }
         Ok(())
     })

@@ -9,7 +9,9 @@ use verbs_abi::ffi::{
 
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
-use crate::{ah, attributes, cq, cq_ex, device, dm, mcast, mr, mw, on_demand, pd, post, qp, qp_create, srq};
+use crate::{
+    ah, attributes, cq, cq_ex, device, dm, import, mcast, mr, mw, on_demand, pd, post, qp, qp_create, srq,
+};
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
 /// that the op has in the release of libibverbs that asks.
@@ -42,6 +44,9 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::DestroySrq => srq::destroy as *const (),
         Op::FreeDm => dm::free as *const (),
         Op::FreeContext => free_context as *const (),
+        Op::ImportDm => import::dm as *const (),
+        Op::ImportMr => import::mr as *const (),
+        Op::ImportPd => import::pd as *const (),
         Op::GetSrqNum => srq::number as *const (),
         Op::ModifySrq => srq::modify as *const (),
         Op::OpenXrcd => srq::open_xrcd as *const (),
@@ -60,6 +65,9 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::ReregMr => mr::reregister as *const (),
         Op::ResizeCq => cq::resize as *const (),
         Op::ReqNotifyCq => cq::request_notification as *const (),
+        Op::UnimportDm => import::release_dm as *const (),
+        Op::UnimportMr => import::release_mr as *const (),
+        Op::UnimportPd => import::release_pd as *const (),
         _ => return None,
     };
     Some(function.cast())
@@ -68,7 +76,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
 unsafe extern "C" fn free_context(context: *mut ibv_context) {
     // SAFETY: libibverbs passes an open context of ours, for the last time.
     edge::value((), || unsafe {
-        device::state(context).end();
+        device::state(context).leave();
         device::close(context);
     });
 }

@@ -27,6 +27,8 @@ pub(crate) struct Pd {
     users: AtomicU32,
     /// What a parent domain is made of.
     parts: Option<Parts>,
+    /// Another context's PD. It is its own user until the import is undone, and goes with the last one.
+    is_imported: bool,
 }
 
 #[derive(Debug)]
@@ -60,7 +62,10 @@ impl Pd {
 
     /// An object that was in it is gone.
     pub(crate) fn let_go(&self) {
-        self.users.fetch_sub(1, Ordering::SeqCst);
+        if self.users.fetch_sub(1, Ordering::SeqCst) == 1 && self.is_imported {
+            // SAFETY: from `import`; nothing is in it, and the import was undone, so nobody knows it.
+            drop(unsafe { Box::from_raw(ptr::from_ref(self).cast_mut()) });
+        }
     }
 
     /// Whether it is a parent domain.
@@ -74,12 +79,21 @@ pub(crate) unsafe extern "C" fn alloc(context: *mut ibv_context) -> *mut ibv_pd 
         // SAFETY: libibverbs passes an open context of ours.
         let device = unsafe { device::state(context) };
         let id = device.link.handle(&Request::AllocPd, &[])?;
+        device.importable.pds().insert(id);
         Ok(object(context, id, None))
     })
 }
 
+/// The PD of that id, for another context than the one that made it.
+pub(crate) fn import(context: *mut ibv_context, id: u32) -> *mut ibv_pd {
+    let public = ibv_pd { context, handle: id };
+    let pd = Pd { public, id, users: AtomicU32::new(1), parts: None, is_imported: true };
+    Box::into_raw(Box::new(pd)).cast()
+}
+
 fn object(context: *mut ibv_context, id: u32, parts: Option<Parts>) -> *mut ibv_pd {
-    let pd = Pd { public: ibv_pd { context, handle: id }, id, users: AtomicU32::new(0), parts };
+    let public = ibv_pd { context, handle: id };
+    let pd = Pd { public, id, users: AtomicU32::new(0), parts, is_imported: false };
     Box::into_raw(Box::new(pd)).cast()
 }
 
@@ -121,7 +135,10 @@ pub(crate) unsafe extern "C" fn dealloc(pd: *mut ibv_pd) -> c_int {
             return Err(Errno::BUSY);
         }
         match &own.parts {
-            None => device.link.release(&Request::DeallocPd { pd: own.id })?,
+            None => {
+                device.link.release(&Request::DeallocPd { pd: own.id })?;
+                device.importable.pds().remove(&own.id);
+            }
             // SAFETY: its PD and its thread domain live as long as it holds them.
             Some(parts) => unsafe {
                 Pd::of(parts.pd).let_go();

@@ -47,6 +47,11 @@ library! {
     ibv_get_device_list: fn(*mut c_int) -> *mut *mut ibv_device;
     ibv_free_device_list: fn(*mut *mut ibv_device);
     ibv_open_device: fn(*mut ibv_device) -> *mut ibv_context;
+    ibv_import_device: fn(c_int) -> *mut ibv_context;
+    ibv_import_pd: fn(*mut ibv_context, u32) -> *mut ibv_pd;
+    ibv_unimport_pd: fn(*mut ibv_pd);
+    ibv_import_mr: fn(*mut ibv_pd, u32) -> *mut ibv_mr;
+    ibv_unimport_mr: fn(*mut ibv_mr);
     ibv_close_device: fn(*mut ibv_context) -> c_int;
     ibv_query_device: fn(*mut ibv_context, *mut ibv_device_attr) -> c_int;
     ibv_query_gid: fn(*mut ibv_context, u8, c_int, *mut ibv_gid) -> c_int;

@@ -92,7 +92,11 @@ impl End {
 
     /// A QP in RESET with a PD, CQs and a buffer of its own.
     pub(crate) fn on(context: &Arc<Context>, setup: &Setup) -> Result<Self> {
-        let pd = Pd::new(context)?;
+        Self::within(context, Pd::new(context)?, setup)
+    }
+
+    /// A QP in RESET in a PD that is there.
+    pub(crate) fn within(context: &Arc<Context>, pd: Arc<Pd>, setup: &Setup) -> Result<Self> {
         let cq = || anyhow::Ok(Cq::new(context, setup.cqe, Some(&Channel::new(context)?))?);
         let (send_cq, recv_cq) = (cq()?, cq()?);
         let buffer = Buffer::new(setup.buffer)?;

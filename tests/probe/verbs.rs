@@ -96,6 +96,13 @@ impl Context {
         Ok(Arc::new(Self { raw }))
     }
 
+    /// A further context of the same device, by a copy of its command descriptor.
+    pub(crate) fn import(&self) -> Result<Arc<Self>, Errno> {
+        // SAFETY: the context is alive; the copy is the new context's from then on.
+        let raw = unsafe { (library().ibv_import_device)(libc::dup(self.raw.as_ref().cmd_fd)) };
+        Ok(Arc::new(Self { raw: pointer("ibv_import_device", raw)? }))
+    }
+
     pub(crate) fn raw(&self) -> *mut ibv_context {
         self.raw.as_ptr()
     }
@@ -195,6 +202,7 @@ pub(crate) struct AsyncEvent {
 pub(crate) struct Pd {
     raw: NonNull<ibv_pd>,
     context: Arc<Context>,
+    is_imported: bool,
 }
 
 // SAFETY: verbs objects may be used by all threads of a process.
@@ -206,7 +214,20 @@ impl Pd {
     pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, Errno> {
         // SAFETY: the context is alive.
         let raw = pointer("ibv_alloc_pd", unsafe { (library().ibv_alloc_pd)(context.raw()) })?;
-        Ok(Arc::new(Self { raw, context: Arc::clone(context) }))
+        Ok(Arc::new(Self { raw, context: Arc::clone(context), is_imported: false }))
+    }
+
+    /// A PD of another context of the same device.
+    pub(crate) fn import(context: &Arc<Context>, handle: u32) -> Result<Arc<Self>, Errno> {
+        // SAFETY: the context is alive.
+        let raw = pointer("ibv_import_pd", unsafe { (library().ibv_import_pd)(context.raw(), handle) })?;
+        Ok(Arc::new(Self { raw, context: Arc::clone(context), is_imported: true }))
+    }
+
+    /// By which another context finds it.
+    pub(crate) fn handle(&self) -> u32 {
+        // SAFETY: the PD is alive.
+        unsafe { self.raw.as_ref() }.handle
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {
@@ -227,7 +248,13 @@ impl Pd {
 impl Drop for Pd {
     fn drop(&mut self) {
         // SAFETY: all children are gone: each holds a reference.
-        unsafe { (library().ibv_dealloc_pd)(self.raw.as_ptr()) };
+        unsafe {
+            if self.is_imported {
+                (library().ibv_unimport_pd)(self.raw.as_ptr());
+            } else {
+                (library().ibv_dealloc_pd)(self.raw.as_ptr());
+            }
+        }
     }
 }
 
@@ -236,6 +263,7 @@ impl Drop for Pd {
 pub(crate) struct Mr {
     raw: NonNull<ibv_mr>,
     _pd: Arc<Pd>,
+    is_imported: bool,
 }
 
 // SAFETY: verbs objects may be used by all threads of a process.
@@ -252,7 +280,20 @@ impl Mr {
         let start = ptr::without_provenance_mut(addr);
         // SAFETY: the PD is alive; the range is checked by the callee.
         let raw = unsafe { (library().ibv_reg_mr)(pd.raw.as_ptr(), start, len, access as c_int) };
-        Ok(Self { raw: pointer("ibv_reg_mr", raw)?, _pd: Arc::clone(pd) })
+        Ok(Self { raw: pointer("ibv_reg_mr", raw)?, _pd: Arc::clone(pd), is_imported: false })
+    }
+
+    /// An MR of another context of the same device.
+    pub(crate) fn import(pd: &Arc<Pd>, handle: u32) -> Result<Self, Errno> {
+        // SAFETY: the PD is alive.
+        let raw = pointer("ibv_import_mr", unsafe { (library().ibv_import_mr)(pd.raw.as_ptr(), handle) })?;
+        Ok(Self { raw, _pd: Arc::clone(pd), is_imported: true })
+    }
+
+    /// By which another context finds it.
+    pub(crate) fn handle(&self) -> u32 {
+        // SAFETY: the MR is alive.
+        unsafe { self.raw.as_ref() }.handle
     }
 
     pub(crate) fn lkey(&self) -> u32 {
@@ -268,6 +309,10 @@ impl Mr {
 
 impl Drop for Mr {
     fn drop(&mut self) {
+        if self.is_imported {
+            // SAFETY: the import is undone once, here.
+            return unsafe { (library().ibv_unimport_mr)(self.raw.as_ptr()) };
+        }
         // SAFETY: the MR is deregistered once, here.
         let code = unsafe { (library().ibv_dereg_mr)(self.raw.as_ptr()) };
         if code != 0 {

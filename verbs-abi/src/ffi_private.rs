@@ -24,6 +24,9 @@ pub const MR_TYPE_MR: u32 = 0;
 /// `mr_type` of a null MR, which has no pages.
 pub const MR_TYPE_NULL_MR: u32 = 1;
 
+/// `mr_type` of an MR that was imported by its handle.
+pub const MR_TYPE_IMPORTED_MR: u32 = 2;
+
 /// What a command written to a uverbs descriptor begins with.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +59,47 @@ pub struct CreateCompChannelResp {
     /// The new channel's descriptor.
     pub fd: u32,
 }
+
+/// What a command given to a uverbs descriptor by `ioctl` begins with; its attributes follow.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct IoctlHdr {
+    /// The length of header and attributes, bytes.
+    pub length: u16,
+    /// What it is about: [`OBJECT_ASYNC_EVENT`] or another.
+    pub object_id: u16,
+    /// What is to be done.
+    pub method_id: u16,
+    /// The number of attributes.
+    pub num_attrs: u16,
+    /// Zero.
+    pub reserved1: u64,
+    /// The kernel's number for the provider.
+    pub driver_id: u32,
+    /// Zero.
+    pub reserved2: u32,
+}
+
+/// An attribute of a command given by `ioctl`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct IoctlAttr {
+    /// Which attribute of the method.
+    pub attr_id: u16,
+    /// The length of what `data` points to.
+    pub len: u16,
+    /// How the kernel is to understand it.
+    pub flags: u16,
+    /// An element of an enumeration, or zero.
+    pub reserved: u16,
+    /// A value, a pointer, or where a new descriptor goes.
+    pub data: u64,
+}
+
+/// `RDMA_VERBS_IOCTL`: reads and writes a structure of 24 bytes, the first of the type 0x1b.
+pub const VERBS_IOCTL: u64 = 3 << 30 | 24 << 16 | 0x1b << 8 | 1;
+/// `UVERBS_OBJECT_ASYNC_EVENT`, whose method 0 makes an async descriptor and stores it in its attribute 0.
+pub const OBJECT_ASYNC_EVENT: u16 = 16;
 
 /// What `ibv_get_async_event` reads from the async descriptor.
 #[repr(C)]
@@ -107,6 +151,7 @@ const _: () = {
     assert!(size_of::<ffi::ibv_port_attr>() == 52);
     assert!(CONTEXT_TO_SZ == 8 && CONTEXT_TO_PRIV == 112);
     assert!(offset_of!(VerbsMr, mr_type) == 48 && size_of::<VerbsMr>() == 56);
+    assert!(size_of::<IoctlHdr>() == 24 && size_of::<IoctlAttr>() == 16);
     assert!(size_of::<CmdHdr>() == 8 && size_of::<CreateCompChannel>() == 16);
     assert!(size_of::<AsyncEventDesc>() == 16 && size_of::<CompEventDesc>() == 8);
 };

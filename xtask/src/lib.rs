@@ -10,6 +10,7 @@ pub mod bed;
 pub mod conformance;
 pub mod headers;
 pub mod hosts;
+pub mod huge_pages;
 pub mod interrupt;
 pub mod matrix;
 pub mod netns;

@@ -176,6 +176,25 @@ pub(crate) fn leave_manager(manager: &Manager) {
     drop(last.and_then(Shared::into_manager));
 }
 
+/// The device whose command descriptor this is a copy of, in this process.
+pub(crate) fn device_of_copy(fd: RawFd) -> Option<Arc<dyn CommandChannel>> {
+    let registry = read();
+    let mut commands = registry.descriptors.iter().filter(|(_, entry)| entry.role == Role::Command);
+    let (_, entry) = commands.find(|(known, _)| is_same_file(**known, fd))?;
+    match entry.owner() {
+        Owner::Live(channel) => Some(channel),
+        Owner::Inherited => None,
+    }
+}
+
+/// Whether both descriptors are of one open file. False where the kernel does not say.
+fn is_same_file(a: RawFd, b: RawFd) -> bool {
+    const KCMP_FILE: c_int = 0;
+    let pid = std::process::id();
+    // SAFETY: the call compares numbers and touches no memory.
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, KCMP_FILE, a, b) == 0 }
+}
+
 /// The device opened last of those that are still open.
 pub(crate) fn newest() -> Option<Arc<dyn CommandChannel>> {
     let registry = read();

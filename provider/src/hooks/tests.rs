@@ -28,6 +28,10 @@ impl CommandChannel for FakeDevice {
         Ok(Some(AsyncEventDesc { element: 5, event_type: 9, reserved: 0 }))
     }
 
+    fn async_descriptor(&self) -> Result<OwnedFd, Errno> {
+        event_counter()
+    }
+
     fn sysfs(&self, file: &str) -> Option<String> {
         (file == "ports/1/gids/0").then(|| "a gid\n".to_owned())
     }
@@ -156,6 +160,57 @@ fn other_commands_are_not_supported() {
     // SAFETY: four readable bytes, too few for a command.
     let short = unsafe { hooked_write(opened.command.as_raw_fd(), (&raw const ONE).cast(), 4) };
     assert_eq!((short, errno()), (-1, libc::EINVAL));
+}
+
+/// A command with one attribute, as libibverbs passes it to `ioctl`.
+#[repr(C)]
+struct Command(IoctlHdr, IoctlAttr);
+
+fn ioctl_command(object_id: u16) -> Command {
+    let header = IoctlHdr {
+        length: 40,
+        object_id,
+        method_id: 0,
+        num_attrs: 1,
+        reserved1: 0,
+        driver_id: 0,
+        reserved2: 0,
+    };
+    Command(header, IoctlAttr { attr_id: 0, len: 0, flags: 1, reserved: 0, data: 0 })
+}
+
+#[test]
+fn an_imported_context_gets_an_async_descriptor_by_ioctl_and_nothing_else() {
+    let opened = Opened::new();
+    let give = |command: &mut Command| {
+        // SAFETY: a whole command with its attribute.
+        unsafe { hooked_ioctl(opened.command.as_raw_fd(), VERBS_IOCTL, (&raw mut *command).cast()) }
+    };
+    let mut command = ioctl_command(OBJECT_ASYNC_EVENT);
+    assert_eq!(give(&mut command), 0);
+    let events = command.1.data as RawFd;
+    assert!(matches!(registry::look_up(events), Some((Role::Async, Owner::Live(_)))));
+    count(events);
+    assert_eq!(read_record(events), Ok(5));
+    registry::remove(events);
+    close(events);
+    // A query of the GID table: libibverbs goes on to the files only after this very errno.
+    assert_eq!((give(&mut ioctl_command(0)), errno()), (-1, libc::ENOTTY));
+}
+
+#[test]
+fn a_device_is_found_by_a_copy_of_its_command_descriptor() {
+    let opened = Opened::new();
+    let copy = opened.command.try_clone().unwrap();
+    let found = registry::device_of_copy(copy.as_raw_fd());
+    if found.is_none() {
+        println!("SKIP a_device_is_found_by_a_copy_of_its_command_descriptor: kcmp is refused here");
+        return;
+    }
+    let device: Arc<dyn CommandChannel> = opened.device.clone();
+    assert!(found.is_some_and(|found| Arc::ptr_eq(&found, &device)));
+    let stranger = event_counter().unwrap();
+    assert!(registry::device_of_copy(stranger.as_raw_fd()).is_none());
 }
 
 #[test]

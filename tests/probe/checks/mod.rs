@@ -6,6 +6,7 @@ mod connections;
 mod datagrams;
 mod errors;
 mod groups;
+mod imports;
 mod limits;
 mod mappings;
 mod memory;
@@ -60,6 +61,7 @@ pub(crate) const CHECKS: &[Check] = &[
     ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish", datagrams::lost),
     ("a multicast group's datagrams reach every QP that is attached to it, and no other", groups::delivered),
     ("QPs join and leave multicast groups, and neither twice", groups::attachments),
+    ("a context, a PD and an MR can be imported, and outlive those that they are of", imports::shared),
     ("a QP walks the state table and nothing else", states::transitions),
     ("query_qp returns what was set", states::query),
     ("RESET empties a QP, which can be used anew", states::reset),

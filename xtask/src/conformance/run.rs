@@ -5,12 +5,14 @@ use std::{path::Path, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Outcome, Suite, Tests};
-use crate::{bed::Bed, process::Job};
+use crate::{bed::Bed, huge_pages::HugePages, process::Job};
 
 /// What one test may take. Polling tests give up by themselves after 10 seconds.
 const TEST_LIMIT: Duration = Duration::from_secs(60);
 /// What a whole run may take.
 const RUN_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// Huge pages that the most demanding test needs.
+const HUGE_PAGES: u64 = 8;
 /// Modules about features of one vendor's devices.
 const VENDORS: [&str; 3] = ["test_mlx5", "test_efa", "test_cuda"];
 
@@ -78,6 +80,7 @@ pub fn run(bed: &Bed, workspace: &Path, tests: &Tests, only: &[String]) -> Resul
     if let Some(libraries) = &tests.libraries {
         command.env("LD_LIBRARY_PATH", libraries);
     }
+    let _huge_pages = HugePages::set_aside(HUGE_PAGES);
     let outcome = Job::spawn(command, RUN_LIMIT)?.wait()?;
     let mut report = Report::default();
     for line in outcome.stdout.lines() {
