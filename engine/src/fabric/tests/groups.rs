@@ -102,7 +102,7 @@ fn a_sender_whose_own_receive_is_bad_fails_and_what_it_sent_is_flushed_once() {
 
 #[test]
 fn a_large_group_gets_it_in_many_turns_and_each_member_once() {
-    const MEMBERS: usize = 40;
+    const MEMBERS: usize = 80;
     let mut fabric = Fabric::new();
     let mut apps: Vec<App> = (1..=MEMBERS as u32).map(|client| ud(&mut fabric, 0, client)).collect();
     // Numbers and places of their own order.
@@ -114,7 +114,7 @@ fn a_large_group_gets_it_in_many_turns_and_each_member_once() {
     apps[3].post(&to_group(&apps[3], 1, 1000));
     fabric.collect();
     fabric.run(0);
-    assert_eq!(apps[3].sends.pop(), None, "one turn is not enough");
+    assert_eq!(apps[3].sends.pop(), None, "one round is not enough");
     // One that is behind leaves meanwhile, one that was served as well.
     for gone in [0, MEMBERS - 1] {
         fabric.detach(apps[gone].client, apps[gone].qpn, &group(1)).unwrap();
