@@ -40,6 +40,7 @@ fn trials() -> Vec<Trial> {
             a_router_dies(&bed.tree)
         }),
         stage.trial("each tenant meets its own on the other host", |bed| tenants(&bed.tree)),
+        stage.trial("a link through TLS carries the same", |bed| tls(&bed.tree)),
     ];
     for (program, options) in [
         ("ibv_rc_pingpong", &["-c"][..]),
@@ -154,6 +155,15 @@ fn a_router_dies(tree: &Tree) -> Result<()> {
     ensure!(!outcome.succeeded() && outcome.report().contains("Failed status 12"), "{}", outcome.report());
     drop(pair.server);
     pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"])
+}
+
+fn tls(tree: &Tree) -> Result<()> {
+    let bed = Hosts::create(&[])?.secured(tree)?.bed(tree.clone())?;
+    pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"])?;
+    bed.run_pair(&Tool::new("ib_write_bw", &["-s", "300000", "-n", "50"]), LIMIT)?.success()?;
+    bed.run_pair(&Tool::new("ib_read_bw", &["-s", "100000", "-n", "50"]), LIMIT)?.success()?;
+    cut()?;
+    pingpong::play(&bed, "ibv_ud_pingpong", &["-e", "-c"])
 }
 
 fn tenants(tree: &Tree) -> Result<()> {

@@ -32,6 +32,7 @@ mod identity;
 mod lane;
 mod link;
 mod memory;
+pub mod pki;
 mod region;
 mod report;
 mod segment;

@@ -4,7 +4,7 @@
 //! The routers talk over the cable (10.200.77.0/24); the containers have the addresses of their overlay (10.201.77.0/24,
 //! 10.202.77.0/24). The two routers number their tenants differently.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -12,10 +12,12 @@ use tempfile::TempDir;
 use crate::{
     bed::{Bed, Place},
     netns::{Namespace, NamespacePair},
+    process::{command, run},
     router::Router,
     tree::Tree,
 };
 
+const LIMIT: Duration = Duration::from_secs(20);
 const PORT: u16 = 7471;
 
 /// One of the two hosts.
@@ -42,6 +44,7 @@ pub struct Hosts {
     overlays: Vec<NamespacePair>,
     cable: NamespacePair,
     tenants: Vec<String>,
+    secured: bool,
     dir: TempDir,
 }
 
@@ -54,9 +57,34 @@ impl Hosts {
             .collect::<Result<_>>()?;
         let dir = TempDir::with_prefix("freeflow-")?;
         let tenants = tenants.iter().map(|&tenant| tenant.to_owned()).collect();
-        let hosts = Self { overlays, cable, tenants, dir };
+        let hosts = Self { overlays, cable, tenants, secured: false, dir };
         hosts.write_configurations()?;
         Ok(hosts)
+    }
+
+    /// The same hosts, whose routers use TLS.
+    pub fn secured(mut self, tree: &Tree) -> Result<Self> {
+        let pki = self.dir.path().join("pki").display().to_string();
+        let program = tree.program().display().to_string();
+        for words in [&["init", &pki][..], &["issue", &pki, "left"], &["issue", &pki, "right"]] {
+            run(command([&program[..], "pki"].iter().chain(words)), LIMIT)?;
+        }
+        self.secured = true;
+        self.write_configurations()?;
+        Ok(self)
+    }
+
+    /// What the configuration of a host says of security.
+    fn security(&self, side: Side) -> String {
+        if !self.secured {
+            return "security = \"plain\"\n".to_owned();
+        }
+        let (pki, name) = (self.dir.path().join("pki"), side.name());
+        let pki = pki.display();
+        format!(
+            "security = \"tls\"\nauthority = \"{pki}/ca.pem\"\ncertificate = \"{pki}/{name}.pem\"\n\
+             key = \"{pki}/{name}.key\"\n"
+        )
     }
 
     fn namespace(&self, side: Side) -> &Namespace {
@@ -112,8 +140,9 @@ impl Hosts {
         for side in [Side::Left, Side::Right] {
             let (name, address) = (side.name(), self.address(side));
             let mut text = format!(
-                "[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\nsecurity = \"plain\"\n\
+                "[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\n{}\
                  [directory]\nfile = \"{}\"\n",
+                self.security(side),
                 directory.display()
             );
             let mut tenants: Vec<String> = (0..self.tenants.len()).map(|i| self.tenant(side, i)).collect();

@@ -21,12 +21,20 @@ pub struct Links {
     pub listen: SocketAddr,
     /// How the ends make sure of each other.
     pub security: Security,
+    /// With TLS: the certificate of the authority that signs those of routers.
+    pub authority: Option<PathBuf>,
+    /// With TLS: this router's certificate, for its name.
+    pub certificate: Option<PathBuf>,
+    /// With TLS: the key that belongs to it.
+    pub key: Option<PathBuf>,
 }
 
 /// How two routers make sure of each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Security {
+    /// By certificates, both ways; nobody else can read or change what travels.
+    Tls,
     /// They do not: whoever can send from a router's address can be it. On private addresses alone.
     Plain,
 }

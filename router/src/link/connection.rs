@@ -37,6 +37,8 @@ pub(super) enum Stage {
 pub(super) struct Connection {
     stream: Arc<TcpStream>,
     pub(super) writer: Arc<Mutex<Writer>>,
+    /// Whether TLS says who is at the other end.
+    pub(super) is_secure: bool,
     pub(super) stage: Stage,
     /// The peer, once it is known.
     pub(super) peer: Option<u32>,
@@ -60,7 +62,12 @@ pub(super) enum Read {
 
 impl Connection {
     /// Begins to connect.
-    pub(super) fn dial(peer: u32, address: SocketAddr, hello: Vec<u8>) -> io::Result<Self> {
+    pub(super) fn dial(
+        peer: u32,
+        address: SocketAddr,
+        hello: Vec<u8>,
+        tls: Option<rustls::Connection>,
+    ) -> io::Result<Self> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
@@ -68,18 +75,27 @@ impl Connection {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut connection = Self::new(TcpStream::from(socket), Stage::Connecting, hello)?;
+        let mut connection = Self::new(TcpStream::from(socket), Stage::Connecting, hello, tls)?;
         (connection.peer, connection.dialed) = (Some(peer), true);
         Ok(connection)
     }
 
     /// One that was accepted.
-    pub(super) fn accepted(stream: TcpStream, hello: Vec<u8>) -> io::Result<Self> {
+    pub(super) fn accepted(
+        stream: TcpStream,
+        hello: Vec<u8>,
+        tls: Option<rustls::Connection>,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Self::new(stream, Stage::Greeting, hello)
+        Self::new(stream, Stage::Greeting, hello, tls)
     }
 
-    fn new(stream: TcpStream, stage: Stage, hello: Vec<u8>) -> io::Result<Self> {
+    fn new(
+        stream: TcpStream,
+        stage: Stage,
+        hello: Vec<u8>,
+        tls: Option<rustls::Connection>,
+    ) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         sockopt::set_socket_keepalive(&stream, true)?;
         sockopt::set_tcp_keepidle(&stream, SILENCE / 2)?;
@@ -87,8 +103,10 @@ impl Connection {
         sockopt::set_tcp_keepcnt(&stream, 5)?;
         sockopt::set_tcp_user_timeout(&stream, SILENCE.as_millis() as u32)?;
         let stream = Arc::new(stream);
+        let is_secure = tls.is_some();
         Ok(Self {
-            writer: Arc::new(Mutex::new(Writer::new(Arc::clone(&stream), hello))),
+            is_secure,
+            writer: Arc::new(Mutex::new(Writer::new(Arc::clone(&stream), hello, tls))),
             stream,
             stage,
             peer: None,
@@ -114,6 +132,11 @@ impl Connection {
 
     /// Reads what has come.
     pub(super) fn read(&mut self) -> io::Result<Read> {
+        if self.is_secure {
+            let read = self.writer.lock().read_tls(&mut self.input[self.filled..])?;
+            self.filled += read.unwrap_or(0);
+            return Ok(if read.is_some() { Read::More } else { Read::Dry });
+        }
         let room = self.input.len() - self.filled;
         match rustix::io::read(&self.stream, &mut self.input[self.filled..]) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),

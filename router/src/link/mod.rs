@@ -13,6 +13,7 @@
 
 mod connection;
 mod hello;
+mod tls;
 mod worker;
 mod writer;
 
@@ -32,12 +33,13 @@ use parking_lot::{Mutex, RwLock};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::{
-    config,
+    config::{self, Security},
     directory::{Directory, Peer},
     lane::Lane,
     status,
 };
 use hello::Hello;
+pub(crate) use tls::Tls;
 use worker::Worker;
 use writer::{Progress, Writer};
 
@@ -114,6 +116,8 @@ pub(crate) struct Links {
     caller: Arc<Caller>,
     directory: Arc<Directory>,
     hello: Hello,
+    /// Without it, links are plain.
+    tls: Option<Tls>,
     listener: Option<TcpListener>,
 }
 
@@ -125,6 +129,10 @@ impl Links {
         tenants: &[String],
         lane: &Arc<Lane>,
     ) -> io::Result<Self> {
+        let tls = match config.security {
+            Security::Tls => Some(Tls::load(config).map_err(io::Error::other)?),
+            Security::Plain => None,
+        };
         let listener = TcpListener::bind(config.listen)?;
         listener.set_nonblocking(true)?;
         let caller = Arc::new(Caller::new(directory.peers.len())?);
@@ -134,6 +142,7 @@ impl Links {
             lane: Arc::clone(lane),
             caller,
             hello: Hello::new(&config.name, tenants),
+            tls,
             directory,
             listener: Some(listener),
         })

@@ -13,9 +13,10 @@ use engine::wire::packet;
 use rustix::event::{Timespec, epoll};
 
 use super::{
-    Caller, Links,
+    Caller, Links, Tls,
     connection::{Connection, Read, Stage},
     hello::Hello,
+    tls,
     writer::Progress,
 };
 use crate::{
@@ -60,6 +61,7 @@ pub(super) struct Worker {
     caller: Arc<Caller>,
     directory: Arc<Directory>,
     hello: Hello,
+    tls: Option<Tls>,
     epoll: OwnedFd,
     listener: TcpListener,
     connections: BTreeMap<u64, Connection>,
@@ -68,6 +70,8 @@ pub(super) struct Worker {
     /// Routers that something is to be sent to.
     calls: BTreeSet<u32>,
     called: Vec<u32>,
+    /// Connections that may have more to be read.
+    unread: BTreeSet<u64>,
     complaints: Throttle,
 }
 
@@ -82,6 +86,7 @@ impl Worker {
             caller: Arc::clone(&links.caller),
             directory: Arc::clone(&links.directory),
             hello: links.hello.clone(),
+            tls: links.tls.clone(),
             epoll,
             listener,
             connections: BTreeMap::new(),
@@ -89,6 +94,7 @@ impl Worker {
             peers: links.directory.peers.iter().map(|_| Peer::default()).collect(),
             calls: BTreeSet::new(),
             called: Vec::new(),
+            unread: BTreeSet::new(),
             complaints: Throttle::new(),
         })
     }
@@ -111,6 +117,9 @@ impl Worker {
                     token => self.attend(token, event.flags),
                 }
             }
+            for token in std::mem::take(&mut self.unread) {
+                self.read(token);
+            }
             self.look_at_clock();
             while let Some(peer) = self.calls.pop_first() {
                 self.answer(peer);
@@ -120,6 +129,9 @@ impl Worker {
 
     /// How long nothing has to be done by itself.
     fn timeout(&self) -> Option<Timespec> {
+        if !self.unread.is_empty() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
         let now = Instant::now();
         let young = self.connections.values().filter(|connection| connection.stage != Stage::Up);
         let patience = young.map(|connection| connection.since + PATIENCE);
@@ -154,7 +166,8 @@ impl Worker {
                 self.complain(&address, &"too many connections of strangers");
                 return;
             }
-            match Connection::accepted(stream, self.hello.encode()) {
+            let tls = self.tls.as_ref().map(Tls::accept).transpose();
+            match tls.and_then(|tls| Connection::accepted(stream, self.hello.encode(), tls)) {
                 Ok(connection) => drop(self.add(connection)),
                 Err(error) => self.complain(&address, &error),
             }
@@ -185,8 +198,9 @@ impl Worker {
         if peer.dialing.is_some() || peer.retry.is_some() {
             return;
         }
-        let address = self.directory.peers[number as usize].address;
-        match Connection::dial(number, address, self.hello.encode()) {
+        let router = &self.directory.peers[number as usize];
+        let tls = self.tls.as_ref().map(|tls| tls.dial(&router.name)).transpose();
+        match tls.and_then(|tls| Connection::dial(number, router.address, self.hello.encode(), tls)) {
             Ok(connection) => {
                 let token = self.add(connection);
                 self.peers[number as usize].dialing = token;
@@ -224,12 +238,18 @@ impl Worker {
     /// Reads, and does what the packets say.
     fn read(&mut self, token: u64) {
         for _ in 0..ROUNDS {
+            let handshakes = |c: &Connection| c.is_secure && c.stage == Stage::Greeting;
+            let shakes = self.connections.get(&token).is_some_and(handshakes);
             let Some(connection) = self.connections.get_mut(&token) else { return };
             let read = match connection.read() {
                 Ok(read) => read,
                 Err(error) => return self.lose(token, &error),
             };
-            if connection.stage == Stage::Greeting && !self.greet(token) {
+            if shakes {
+                self.pump(token);
+            }
+            let greets = |c: &Connection| c.stage == Stage::Greeting;
+            if self.connections.get(&token).is_some_and(greets) && !self.greet(token) {
                 return;
             }
             if let Err(error) = self.take_in(token) {
@@ -239,6 +259,8 @@ impl Worker {
                 return;
             }
         }
+        // Others first: there may be more, in the socket or in what TLS has read.
+        self.unread.insert(token);
     }
 
     /// Hands whole packets to the fabric.
@@ -294,6 +316,13 @@ impl Worker {
         let number = number.ok_or_else(|| format!("{:?} is not in the directory", hello.name))?;
         if connection.peer.is_some_and(|expected| expected != number) {
             return Err(format!("another router answers, {:?}", hello.name));
+        }
+        if connection.is_secure {
+            let writer = connection.writer.lock();
+            return match writer.tls().is_some_and(|tls| tls::is_named(tls, &hello.name)) {
+                true => Ok(number),
+                false => Err(format!("its certificate is not that of {}", hello.name)),
+            };
         }
         let expected = self.directory.peers[number as usize].address.ip().to_canonical();
         let remote = connection.remote().map(|remote| remote.ip().to_canonical());
