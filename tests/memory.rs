@@ -15,6 +15,7 @@ use anyhow::Result;
 use common::{Stage, probe};
 use xtask::{
     bed::Bed,
+    huge_pages::HugePages,
     process::{Job, command, has_program},
 };
 
@@ -27,6 +28,8 @@ const ALLOCATORS: [(&str, &str); 2] = [
 ];
 
 fn main() -> ExitCode {
+    // For two checks at a time.
+    let _pages = HugePages::set_aside(8);
     common::run("memory", common::no_tree(), || {
         let stage = Stage::new(|| Bed::on_one_host(common::tree()?));
         let mut trials = probe::checks(&stage, |check| check.starts_with("memory "));

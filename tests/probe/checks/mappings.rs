@@ -93,41 +93,13 @@ pub(crate) fn huge_pages() -> Result<()> {
     let _ = memory.advise(0, memory.len(), libc::MADV_HUGEPAGE);
     let small = Setup { buffer: 8 << 20, ..Setup::new(IBV_QPT_RC) };
     serves(&Pair::new(&small)?, "transparent huge pages", &memory)?;
-    let _reserve = HugePages::set_aside(4);
     for (what, kind) in [("huge pages", libc::MAP_PRIVATE), ("shared huge pages", libc::MAP_SHARED)] {
         let Ok(memory) = Buffer::map(2 * HUGE, BOTH, kind | ANONYMOUS | libc::MAP_HUGETLB, None) else {
-            let reason = "no huge pages are free (vm.nr_hugepages), and none could be set aside";
-            return Err(Skip(reason.to_owned()).into());
+            return Err(Skip("no huge pages are set aside (vm.nr_hugepages)".to_owned()).into());
         };
         serves(&Pair::new(&small)?, what, &memory)?;
     }
     Ok(())
-}
-
-/// Huge pages that root sets aside for a while.
-struct HugePages(u64);
-
-impl HugePages {
-    const FILE: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn set_aside(count: u64) -> Self {
-        Self::change(|now| now + count);
-        Self(count)
-    }
-
-    /// Others may change it as well, so only the difference counts. Who may not change it has what there is.
-    fn change(change: impl FnOnce(u64) -> u64) {
-        let now = fs::read_to_string(Self::FILE).ok().and_then(|text| text.trim().parse().ok());
-        if let Some(now) = now {
-            let _ = fs::write(Self::FILE, change(now).to_string());
-        }
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        Self::change(|now| now.saturating_sub(self.0));
-    }
 }
 
 /// Bytes of this process that are locked into memory.
