@@ -7,6 +7,7 @@ use verbs_abi::proto::Welcome;
 use verbs_abi::shm::wqe;
 
 use crate::abi::library::Verbs;
+use crate::clock;
 use crate::dm;
 use crate::gid::TABLE_LEN;
 
@@ -86,6 +87,8 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.phys_port_cnt = 1;
     all.device_cap_flags_ex = u64::from(all.orig_attr.device_cap_flags);
     all.phys_port_cnt_ex = 1;
+    all.hca_core_clock = clock::FREQUENCY;
+    all.completion_timestamp_mask = u64::MAX;
     all.max_dm_size = dm::MAX_TOTAL;
     on_demand(&mut all);
     all

@@ -1,18 +1,28 @@
 //! Extended completion queues: the completion is read field by field, under the CQ's lock from `start_poll` to
 //! `end_poll`.
+//!
+//! A completion's time is that at which it was taken from its ring: entries of 32 bytes have no room for another. So it is never too
+//! early, and the completions of one CQ are in the order of their times.
 
 use std::ffi::{c_int, c_uint};
 use std::ptr;
 
 use verbs_abi::ffi::{
-    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_CQ_INIT_ATTR_MASK_PD, IBV_WC_STANDARD_FLAGS, ibv_context, ibv_cq_ex,
+    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_CQ_INIT_ATTR_MASK_PD, IBV_WC_EX_WITH_COMPLETION_TIMESTAMP,
+    IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK, IBV_WC_STANDARD_FLAGS, ibv_context, ibv_cq_ex,
     ibv_cq_init_attr_ex, ibv_poll_cq_attr, ibv_wc_opcode,
 };
 
 use crate::abi::edge::{self, Errno};
+use crate::clock::Clocks;
 use crate::cq::{self, Cq};
 use crate::pd::Pd;
 use crate::poll::Rings;
+
+/// What a completion may be asked for.
+const KNOWN: u64 = (IBV_WC_STANDARD_FLAGS
+    | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP
+    | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK) as u64;
 
 pub(crate) unsafe extern "C" fn create(
     context: *mut ibv_context,
@@ -22,7 +32,7 @@ pub(crate) unsafe extern "C" fn create(
         // SAFETY: libibverbs passes the application's attributes.
         let attr = unsafe { &*attr };
         // Locks stay, whatever IBV_CREATE_CQ_ATTR_SINGLE_THREADED allows; a CQ never overruns here.
-        if attr.wc_flags & !u64::from(IBV_WC_STANDARD_FLAGS) != 0
+        if attr.wc_flags & !KNOWN != 0
             || attr.comp_mask & !(IBV_CQ_INIT_ATTR_MASK_FLAGS | IBV_CQ_INIT_ATTR_MASK_PD) != 0
         {
             return Err(Errno::OPNOTSUPP);
@@ -44,8 +54,16 @@ pub(crate) unsafe extern "C" fn create(
                 (*object).domain = domain;
             }
         }
-        // SAFETY: just made, and nobody else has it.
+        let wants = |flag: u32| attr.wc_flags & u64::from(flag) != 0;
+        // SAFETY: just made.
+        unsafe { Cq::of(object.cast()) }.rings.lock().clocks = Clocks {
+            raw: wants(IBV_WC_EX_WITH_COMPLETION_TIMESTAMP),
+            wall: wants(IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK),
+        };
+        // SAFETY: as above, and nobody else has it.
         let public = unsafe { &mut (*object).public };
+        public.read_completion_ts = Some(read_completion_ts);
+        public.read_completion_wallclock_ns = Some(read_completion_wallclock_ns);
         public.start_poll = Some(start_poll);
         public.next_poll = Some(next_poll);
         public.end_poll = Some(end_poll);
@@ -76,6 +94,7 @@ unsafe fn show_next(cq: *mut ibv_cq_ex) -> Result<(), Errno> {
     own.take(rings, 1, &mut |number, cqe| shown = Some((*cqe, number)));
     let (cqe, number) = shown.ok_or(Errno::NOENT)?;
     rings.shown = (cqe, number);
+    rings.times = rings.clocks.now();
     // SAFETY: the caller's promise; these two fields are ours to write while the lock is held.
     unsafe {
         (*cq).status = cqe.status.into();
@@ -142,6 +161,8 @@ readers! {
     read_qp_num: u32 = |rings| rings.shown.1;
     read_src_qp: u32 = |rings| rings.shown.0.src_qp;
     read_wc_flags: c_uint = |rings| rings.shown.0.flags.into();
+    read_completion_ts: u64 = |rings| rings.times.raw;
+    read_completion_wallclock_ns: u64 = |rings| rings.times.wall;
 }
 
 unsafe extern "C" fn read_slid(_cq: *mut ibv_cq_ex) -> u32 {

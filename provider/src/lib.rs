@@ -9,6 +9,7 @@ mod abi;
 mod ah;
 mod attributes;
 mod bell;
+mod clock;
 mod context;
 mod cq;
 mod cq_ex;

@@ -10,7 +10,8 @@ use verbs_abi::ffi::{
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
 use crate::{
-    ah, attributes, cq, cq_ex, device, dm, import, mcast, mr, mw, on_demand, pd, post, qp, qp_create, srq,
+    ah, attributes, clock, cq, cq_ex, device, dm, import, mcast, mr, mw, on_demand, pd, post, qp, qp_create,
+    srq,
 };
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
@@ -59,6 +60,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::QueryDevice => query_device as *const (),
         Op::QueryDeviceEx => query_device_ex as *const (),
         Op::QueryPort => query_port as *const (),
+        Op::QueryRtValues => clock::query as *const (),
         Op::QueryQp => qp::query as *const (),
         Op::RegDmMr => dm::register as *const (),
         Op::RegMr => mr::register as *const (),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::{CompletionReader, Cqe};
 
+use crate::clock::{Clocks, Times};
 use crate::qp::Qp;
 use crate::srq::Srq;
 
@@ -91,6 +92,9 @@ pub(crate) struct Rings {
     pub(crate) idle: u32,
     /// The completion that an extended CQ shows, and its QP number.
     pub(crate) shown: (Cqe, u32),
+    /// The clocks that such a CQ was asked for, and when it took that completion.
+    pub(crate) clocks: Clocks,
+    pub(crate) times: Times,
 }
 
 impl Rings {

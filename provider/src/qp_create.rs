@@ -62,8 +62,11 @@ const SEND_OPS: u64 = (ffi::IBV_QP_EX_WITH_RDMA_WRITE
     | ffi_private::IBV_QP_EX_WITH_FLUSH) as u64;
 
 pub(crate) unsafe extern "C" fn create(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp {
-    // SAFETY: libibverbs passes a live PD of ours and the application's attributes.
-    edge::pointer(|| unsafe { new((*pd).context, Home::Pd(pd), &*attr, false) }.map(|object| object.cast()))
+    edge::pointer(|| {
+        // SAFETY: libibverbs passes a live PD of ours and the application's attributes.
+        let object = unsafe { new((*pd).context, Home::Pd(pd), &*attr, Extras::default()) }?;
+        Ok(object.cast())
+    })
 }
 
 pub(crate) unsafe extern "C" fn create_ex(
@@ -102,15 +105,29 @@ pub(crate) unsafe extern "C" fn create_ex(
         };
         let send_ops = if has(ffi::IBV_QP_INIT_ATTR_SEND_OPS_FLAGS) { extended.send_ops_flags } else { 0 };
         let flags = if has(ffi::IBV_QP_INIT_ATTR_CREATE_FLAGS) { extended.create_flags } else { 0 };
-        if send_ops & !SEND_OPS != 0 || flags != 0 {
+        if send_ops & !SEND_OPS != 0 || flags & !ffi::IBV_QP_CREATE_BLOCK_SELF_MCAST_LB != 0 {
             return Err(Errno::OPNOTSUPP);
         }
+        if flags != 0 && extended.qp_type != ffi::IBV_QPT_UD {
+            return Err(Errno::INVAL);
+        }
+        let extras =
+            Extras { send_ops: has(ffi::IBV_QP_INIT_ATTR_SEND_OPS_FLAGS), block_self_mcast: flags != 0 };
         // SAFETY: the extended attributes begin with the plain ones.
         let plain = unsafe { &*attr.cast::<ibv_qp_init_attr>() };
         // SAFETY: the PD or the domain is live, see above.
-        let object = unsafe { new(context, home, plain, has(ffi::IBV_QP_INIT_ATTR_SEND_OPS_FLAGS)) }?;
+        let object = unsafe { new(context, home, plain, extras) }?;
         Ok(object.cast())
     })
+}
+
+/// What `ibv_create_qp_ex` can ask for beside the rest.
+#[derive(Clone, Copy, Default)]
+struct Extras {
+    /// The extended interface for posting.
+    send_ops: bool,
+    /// That its datagrams to a multicast group do not come back.
+    block_self_mcast: bool,
 }
 
 /// What a QP is made in: a PD, or for an XRC receiver its domain.
@@ -165,7 +182,7 @@ unsafe fn new(
     context: *mut ibv_context,
     home: Home,
     attr: &ibv_qp_init_attr,
-    extended: bool,
+    extras: Extras,
 ) -> Result<*mut QpObject, Errno> {
     // SAFETY: the caller's promise; the context of a live object is open.
     let device = unsafe { device::state(context) };
@@ -190,6 +207,7 @@ unsafe fn new(
         xrcd,
         qp_type: attr.qp_type,
         cap: limits.cap,
+        block_self_mcast: extras.block_self_mcast,
         sq_sig_all: limits.sq_sig_all,
     });
     let (Answer::Qp(given), _) = device.link.ask(&request, &[])? else { return Err(Errno::PROTO) };
@@ -204,7 +222,7 @@ unsafe fn new(
         object.write(QpObject::new(&qp));
         show(object, (context, pd), attr, &qp);
     }
-    if extended {
+    if extras.send_ops {
         // SAFETY: as above; there is room for every release's `verbs_qp`.
         unsafe { show_extended(object)? }
     }

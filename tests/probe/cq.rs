@@ -142,6 +142,35 @@ impl Cq {
         Ok(Arc::new(Self { raw, context: Arc::clone(context), channel: channel.cloned() }))
     }
 
+    /// An extended CQ without a channel, whose completions tell these things (`IBV_WC_EX_...`).
+    pub(crate) fn extended(context: &Arc<Context>, entries: u32, wc_flags: u32) -> Result<Arc<Self>> {
+        let mut attr =
+            ibv_cq_init_attr_ex { cqe: entries, wc_flags: wc_flags.into(), ..ibv_cq_init_attr_ex::default() };
+        // SAFETY: the context is alive, and was found to be an extended one.
+        let create = unsafe { (*context.extended()?).create_cq_ex }.context("no create_cq_ex")?;
+        // SAFETY: as above; the attributes are ours.
+        let raw = pointer("ibv_create_cq_ex", unsafe { create(context.raw(), &mut attr) })?;
+        Ok(Arc::new(Self { raw: raw.cast(), context: Arc::clone(context), channel: None }))
+    }
+
+    /// Takes the next completion of an extended CQ: its status, and its times by the device's and by the wall's clock.
+    pub(crate) fn next_with_times(&self) -> Result<(ibv_wc_status, u64, u64)> {
+        let raw: *mut ibv_cq_ex = self.raw.as_ptr().cast();
+        let start = Instant::now();
+        // SAFETY: the CQ is alive and was made as an extended one, so its functions are there and may be called.
+        unsafe {
+            let begin = (*raw).start_poll.context("no start_poll")?;
+            while begin(raw, &mut ibv_poll_cq_attr::default()) != 0 {
+                ensure!(start.elapsed() < Duration::from_secs(5), "no completion came");
+            }
+            let device = (*raw).read_completion_ts.context("no read_completion_ts")?(raw);
+            let wall = (*raw).read_completion_wallclock_ns.context("no wallclock")?(raw);
+            let status = (*raw).status;
+            (*raw).end_poll.context("no end_poll")?(raw);
+            Ok((status, device, wall))
+        }
+    }
+
     pub(crate) fn addr(&self) -> usize {
         self.raw.as_ptr() as usize
     }

@@ -10,7 +10,7 @@ use verbs_abi::ffi::*;
 use crate::{
     cq::Cq,
     library::library,
-    verbs::{Ah, Errno, Pd},
+    verbs::{Ah, Errno, Pd, pointer},
 };
 
 /// A send work request.
@@ -160,6 +160,30 @@ impl Qp {
         // SAFETY: the QP was just made.
         let number = unsafe { raw.as_ref() }.qp_num;
         let cqs = [Arc::clone(send_cq), Arc::clone(recv_cq)];
+        Ok(Self { raw, number, cap: attr.cap, pd: Arc::clone(pd), _cqs: cqs })
+    }
+
+    /// The same with `enum ibv_qp_create_flags`.
+    pub(crate) fn with_flags(pd: &Arc<Pd>, cq: &Arc<Cq>, init: QpInit, create_flags: u32) -> Result<Self> {
+        let mut attr = ibv_qp_init_attr_ex {
+            send_cq: ptr::without_provenance_mut(cq.addr()),
+            recv_cq: ptr::without_provenance_mut(cq.addr()),
+            cap: init.cap,
+            qp_type: init.qp_type,
+            sq_sig_all: c_int::from(init.sq_sig_all),
+            comp_mask: IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_CREATE_FLAGS,
+            pd: pd.raw(),
+            create_flags,
+            ..ibv_qp_init_attr_ex::default()
+        };
+        let context = pd.context();
+        // SAFETY: the context is alive, and an extended one.
+        let create = unsafe { (*context.extended()?).create_qp_ex }.context("no create_qp_ex")?;
+        // SAFETY: as above; PD and CQ are alive; the attributes are ours.
+        let raw = pointer("ibv_create_qp_ex", unsafe { create(context.raw(), &mut attr) })?;
+        // SAFETY: the QP was just made.
+        let number = unsafe { raw.as_ref() }.qp_num;
+        let cqs = [Arc::clone(cq), Arc::clone(cq)];
         Ok(Self { raw, number, cap: attr.cap, pd: Arc::clone(pd), _cqs: cqs })
     }
 

@@ -119,15 +119,30 @@ impl Context {
         Ok(attr)
     }
 
+    /// The context with the verbs that are called through it alone.
+    pub(crate) fn extended(&self) -> Result<*const verbs_context> {
+        // SAFETY: libibverbs embeds each context in a verbs_context, and says so by abi_compat; the layout up to
+        // query_port, and from its end backwards, is that of all releases since 25.
+        unsafe {
+            ensure!((*self.raw()).abi_compat as isize == -1, "a context without extended verbs");
+            Ok(self.raw().byte_sub(offset_of!(verbs_context, context)).cast::<verbs_context>())
+        }
+    }
+
+    /// The device's clock now, ticks.
+    pub(crate) fn clock(&self) -> Result<u64> {
+        let mut values = ibv_values_ex { comp_mask: IBV_VALUES_MASK_RAW_CLOCK, ..ibv_values_ex::default() };
+        // SAFETY: the context is alive, and an extended one.
+        let query = unsafe { (*self.extended()?).query_rt_values }.context("no query_rt_values")?;
+        // SAFETY: as above; the values are ours.
+        check("ibv_query_rt_values_ex", unsafe { query(self.raw(), &mut values) })?;
+        Ok(values.raw_clock.tv_sec as u64 * 1_000_000_000 + values.raw_clock.tv_nsec as u64)
+    }
+
     pub(crate) fn port_attr(&self) -> Result<ibv_port_attr> {
         let mut attr = ibv_port_attr::default();
-        // SAFETY: libibverbs embeds each context in a verbs_context, and says so by abi_compat; the layout up to
-        // query_port is that of all releases since 25.
-        let query = unsafe {
-            ensure!((*self.raw()).abi_compat as isize == -1, "a context without extended verbs");
-            let extended = self.raw().byte_sub(offset_of!(verbs_context, context)).cast::<verbs_context>();
-            (*extended).query_port.context("no query_port")?
-        };
+        // SAFETY: the context is alive, and an extended one.
+        let query = unsafe { (*self.extended()?).query_port }.context("no query_port")?;
         // SAFETY: the context is alive, the attributes are ours and as long as said.
         let code = unsafe { query(self.raw(), 1, &mut attr, size_of::<ibv_port_attr>()) };
         check("ibv_query_port", code)?;
@@ -170,6 +185,14 @@ impl Context {
         Ok(Some(self.try_async_event()?))
     }
 
+    /// Blocks for an async event that is acknowledged when it is dropped.
+    pub(crate) fn take_async_event(&self) -> Result<Unacknowledged, Errno> {
+        let mut event = ibv_async_event::default();
+        // SAFETY: the context is alive, the event is ours.
+        check("ibv_get_async_event", unsafe { (library().ibv_get_async_event)(self.raw(), &mut event) })?;
+        Ok(Unacknowledged(event))
+    }
+
     /// Takes the next async event and acknowledges it, blocking as its descriptor does.
     pub(crate) fn try_async_event(&self) -> Result<AsyncEvent, Errno> {
         let mut event = ibv_async_event::default();
@@ -187,6 +210,22 @@ impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: all children are gone: each holds a reference.
         unsafe { (library().ibv_close_device)(self.raw()) };
+    }
+}
+
+/// An async event that is not yet acknowledged.
+pub(crate) struct Unacknowledged(ibv_async_event);
+
+impl Unacknowledged {
+    pub(crate) fn kind(&self) -> ibv_event_type {
+        self.0.event_type
+    }
+}
+
+impl Drop for Unacknowledged {
+    fn drop(&mut self) {
+        // SAFETY: the event came from ibv_get_async_event and is acknowledged once; its object waits for that.
+        unsafe { (library().ibv_ack_async_event)(&mut self.0) };
     }
 }
 

@@ -48,7 +48,9 @@ impl<M: Memory> Fabric<M> {
                 return Err(Attempt::Unfinished);
             }
             *budget -= WORK;
-            self.hand_over(at, member, opcode)?;
+            if member != at || !qp.create.block_self_mcast {
+                self.hand_over(at, member, opcode)?;
+            }
             if let Some(qp) = self.qps[at].as_mut() {
                 qp.requester.set_next_receiver(qpn + 1);
             }

@@ -182,6 +182,7 @@ impl Handles {
             xrcd: (input.u8() < 20).then(|| one_of(&self.small, input)),
             qp_type: if input.u8() < 200 { 2 + u32::from(input.u8() % 3) } else { input.odd_number() as u32 },
             cap: QpCap { max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data },
+            block_self_mcast: input.u8() & 1 == 1,
             sq_sig_all: false,
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Result, anyhow, ensure};
@@ -11,7 +11,7 @@ use verbs_abi::ffi::*;
 
 use crate::{
     cq::{Channel, Cq},
-    pair::{End, Pair, QUIET, SOON, Setup},
+    pair::{Address, End, Pair, QUIET, SOON, Setup},
     qp::{Qp, QpInit, Send},
     verbs::Context,
 };
@@ -262,4 +262,50 @@ pub(crate) fn unacknowledged() -> Result<()> {
         ensure!(!early, "a CQ was destroyed before its event was acknowledged");
         Ok(())
     })
+}
+
+pub(crate) fn unacknowledged_qp() -> Result<()> {
+    let pair = Pair::of(IBV_QPT_RC)?;
+    let Pair { a, b } = pair;
+    // The first request that the responder refuses raises an event.
+    a.qp.send(&Send::new(IBV_WR_RDMA_WRITE).sge(a.sge(0, 8)).remote((b.remote(0).0, 1)))?;
+    a.send_cq.next()?.expect(IBV_WC_REM_ACCESS_ERR)?;
+    let event = b.context.take_async_event()?;
+    ensure!(event.kind() == IBV_EVENT_QP_ACCESS_ERR, "another event: {}", event.kind());
+    let destroyed = AtomicBool::new(false);
+    let qp = b.qp;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            drop(qp);
+            destroyed.store(true, Ordering::SeqCst);
+        });
+        thread::sleep(QUIET);
+        let early = destroyed.load(Ordering::SeqCst);
+        drop(event);
+        ensure!(!early, "a QP was destroyed before its event was acknowledged");
+        Ok(())
+    })
+}
+
+pub(crate) fn times() -> Result<()> {
+    let end = End::new(&Setup::new(IBV_QPT_RC))?;
+    let flags = IBV_WC_EX_WITH_COMPLETION_TIMESTAMP | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK;
+    let cq = Cq::extended(&end.context, 16, flags)?;
+    let init = QpInit { qp_type: IBV_QPT_RC, cap: Setup::new(IBV_QPT_RC).cap, sq_sig_all: true };
+    let qp = Qp::new(&end.pd, &cq, &cq, init)?;
+    let own = Address { qpn: qp.number(), ..end.address()? };
+    for (attr, mask) in [end.init_attr(), end.rtr_attr(own), end.rts_attr()] {
+        qp.modify(&attr, mask)?;
+    }
+    let wall = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_nanos() as u64);
+    for _ in 0..100 {
+        let before = (end.context.clock()?, wall()?);
+        qp.send(&Send::new(IBV_WR_RDMA_WRITE).sge(end.sge(0, 8)).remote(end.remote(64)))?;
+        let (status, device, of_day) = cq.next_with_times()?;
+        let after = (end.context.clock()?, wall()?);
+        ensure!(status == IBV_WC_SUCCESS, "the WRITE failed: {status}");
+        ensure!((before.0..=after.0).contains(&device), "{device} is not from {} to {}", before.0, after.0);
+        ensure!((before.1..=after.1).contains(&of_day), "{of_day} is not from {} to {}", before.1, after.1);
+    }
+    Ok(())
 }

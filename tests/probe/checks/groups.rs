@@ -8,7 +8,7 @@ use verbs_abi::ffi::*;
 use crate::{
     buffer::pattern,
     pair::{End, Pair, QKEY, QUIET, Setup, ah_attr},
-    qp::Send,
+    qp::{Qp, QpInit, Send},
     verbs::{Ah, Errno},
 };
 
@@ -80,6 +80,33 @@ pub(crate) fn delivered() -> Result<()> {
     d.qp.detach(group(2))?;
     send_to(a, group(1), 10, QKEY)?;
     all.iter().try_for_each(|end| end.recv_cq.stays_empty(QUIET))
+}
+
+pub(crate) fn not_its_own() -> Result<()> {
+    let pair = Pair::of(IBV_QPT_UD)?;
+    let (a, b) = (&pair.a, &pair.b);
+    let flag = IBV_QP_CREATE_BLOCK_SELF_MCAST_LB;
+    let init = |qp_type| QpInit { qp_type, cap: Setup::new(qp_type).cap, sq_sig_all: true };
+    ensure!(Qp::with_flags(&a.pd, &a.recv_cq, init(IBV_QPT_RC), flag).is_err(), "an RC QP took the flag");
+    let qp = Qp::with_flags(&a.pd, &a.recv_cq, init(IBV_QPT_UD), flag)?;
+    for (attr, mask) in [a.init_attr(), a.rtr_attr(b.address()?), a.rts_attr()] {
+        qp.modify(&attr, mask)?;
+    }
+    qp.attach(group(1))?;
+    b.qp.attach(group(1))?;
+    qp.recv(1, &[a.sge(INBOX, 8192)])?;
+    b.qp.recv(2, &[b.sge(INBOX, 8192)])?;
+    let ah = Ah::new(&a.pd, &ah_attr(group(1), 0))?;
+    let mut work = Send::new(IBV_WR_SEND).id(3).sge(a.sge(0, 10));
+    work.to = Some((&ah, EVERYBODY, QKEY));
+    qp.send(&work)?;
+    ensure!(a.recv_cq.next()?.wr_id == 3 && b.received()?.src_qp == qp.number());
+    a.recv_cq.stays_empty(QUIET)?;
+    // What others send it does get.
+    send_to(b, group(1), 10, QKEY)?;
+    ensure!(a.recv_cq.next()?.wr_id == 1);
+    qp.detach(group(1))?;
+    Ok(b.qp.detach(group(1))?)
 }
 
 fn refused(result: Result<(), Errno>, code: i32, what: &str) -> Result<()> {

@@ -208,6 +208,8 @@ pub struct CreateQp {
     pub qp_type: u32,
     /// Capacities wanted.
     pub cap: QpCap,
+    /// Whether what it sends to a multicast group does not come back to it, though it is attached (UD).
+    pub block_self_mcast: bool,
     /// Whether every send raises a completion (for `query_qp`; the provider sets the flag on each WQE).
     pub sq_sig_all: bool,
 }

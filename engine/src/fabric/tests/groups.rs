@@ -164,3 +164,20 @@ fn attachments_are_counted_refused_and_given_up() {
     fabric.close(a.client);
     assert_eq!(fabric.groups.len(), 0, "a client that ends leaves its groups");
 }
+
+#[test]
+fn a_sender_that_does_not_want_its_own_gets_what_others_send() {
+    let mut fabric = Fabric::new();
+    let mut apps: Vec<App> = (1..=2).map(|client| ud(&mut fabric, 0, client)).collect();
+    apps.iter().for_each(|app| attach(&mut fabric, app, 1));
+    let at = fabric.qpn_index[&apps[0].qpn];
+    fabric.qps[at].as_mut().unwrap().create.block_self_mcast = true;
+    for sender in [0, 1] {
+        apps.iter().for_each(|app| app.post_recv(1, &[app.sge(0, 100)]));
+        apps[sender].post(&to_group(&apps[sender], 1, 5));
+        turn(&mut fabric, 0);
+        assert_eq!(status(apps[sender].sends.pop()), WcStatus::Success);
+        assert_eq!(apps[0].receives.pop().is_some(), sender == 1);
+        assert!(apps[1].receives.pop().is_some());
+    }
+}
