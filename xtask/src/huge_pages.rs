@@ -5,6 +5,8 @@ use std::{
     io,
 };
 
+use rustix::fs::{FlockOperation, flock};
+
 /// Pages of 2 MiB that the kernel keeps for whoever asks for huge ones.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
@@ -30,7 +32,7 @@ impl Drop for HugePages {
 /// Changes the size of the pool, one process at a time: what others have added stays. Its size before and after.
 fn change(new: impl Fn(u64) -> u64) -> io::Result<(u64, u64)> {
     let lock = File::open(POOL)?;
-    lock.lock()?;
+    flock(&lock, FlockOperation::LockExclusive)?;
     let before = size()?;
     fs::write(POOL, new(before).to_string())?;
     Ok((before, size()?))
