@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use xtask::{
     interrupt,
     netns::{Namespace, NamespacePair},
-    process::{Job, Outcome, command, run},
+    process::{Job, Outcome, command, has_program, run},
     tree::Tree,
 };
 
@@ -43,6 +43,7 @@ fn trials() -> Vec<Trial> {
         trial("query_device tells the quotas and more is ENOMEM", quotas),
         trial("all clients of a tenant share its total", totals),
         trial("a tenant's socket shows that tenant, the operator's all and opens nothing", views),
+        trial("a tenant's listeners are its own", listeners),
         trial("a configuration that cannot be is refused in its own words", wrong_configurations),
     ];
     for mode in MODES {
@@ -117,6 +118,11 @@ impl Scene {
 
     /// A probe as a client of a tenant, in a namespace or on this host; in mode `default` it is told none.
     fn client(&self, place: Option<&Namespace>, socket: &Path, mode: &str, words: &[&str]) -> Command {
+        self.program(place, socket, mode, &[&[probe::path()], words].concat())
+    }
+
+    /// The same for any program.
+    fn program(&self, place: Option<&Namespace>, socket: &Path, mode: &str, words: &[&str]) -> Command {
         let enter = place.map(Namespace::enter).unwrap_or_default();
         let mut line = enter;
         line.push(self.tree.program().display().to_string());
@@ -126,7 +132,7 @@ impl Scene {
         }
         line.push("--socket".to_owned());
         line.push(socket.display().to_string());
-        line.extend(common::words(&["--", probe::path()]));
+        line.push("--".to_owned());
         line.extend(common::words(words));
         command(line)
     }
@@ -406,6 +412,43 @@ fn views(scene: &Scene) -> Result<()> {
     ensure!(!refused.succeeded() && refused.stderr.contains("Permission denied"), "{}", refused.report());
     ensure!(daemon.log().contains("operator"), "nobody was told: {}", daemon.log());
     Ok(())
+}
+
+/// Both listen on one port, and each sees, and reaches, its own listener alone.
+fn listeners(scene: &Scene) -> Result<()> {
+    const PORT: &str = "7788";
+    if !has_program("rping") {
+        common::skip("a tenant's listeners are its own", "rdmacm-utils is not installed");
+        return Ok(());
+    }
+    let Some(pair) = namespaces("a tenant's listeners are its own")? else { return Ok(()) };
+    let daemon = scene.router(&[LEFT, RIGHT])?;
+    let ends = [(&pair.left, &LEFT, "10.200.77.1"), (&pair.right, &RIGHT, "10.200.77.2")];
+    let rping = |(place, tenant, _): (&Namespace, &Tenant, &str), words: &[&str]| {
+        let line = [&["rping", "-p", PORT, "-C", "3", "-V"], words].concat();
+        Job::spawn(scene.program(Some(place), &scene.socket(tenant), "default", &line), LIMIT)
+    };
+    let servers = ends.iter().map(|end| rping(*end, &["-s"])).collect::<Result<Vec<_>>>()?;
+    let shown = |socket: &Path| -> Result<usize> {
+        Ok(daemon.status_at(socket)?["listeners"].as_array().context("no listeners")?.len())
+    };
+    let start = Instant::now();
+    while shown(&daemon.socket)? < 2 {
+        interrupt::check()?;
+        ensure!(start.elapsed() < LIMIT, "the servers do not listen");
+        thread::sleep(Duration::from_millis(20));
+    }
+    for (own, other) in [(ends[0], ends[1]), (ends[1], ends[0])] {
+        ensure!(shown(&scene.socket(own.1))? == 1, "another tenant's listener is seen");
+        let refused = rping(own, &["-c", "-a", other.2])?.wait()?;
+        let told = refused.stdout.clone() + &refused.stderr;
+        ensure!(!refused.succeeded() && told.contains("ADDR_ERROR"), "{}", refused.report());
+    }
+    for (server, end) in servers.into_iter().zip(ends) {
+        rping(end, &["-c", "-a", end.2])?.wait()?.success()?;
+        server.wait()?.success()?;
+    }
+    daemon.wait_until_idle()
 }
 
 fn wrong_configurations(scene: &Scene) -> Result<()> {

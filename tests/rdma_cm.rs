@@ -41,6 +41,8 @@ const TOOLS: &[(&str, &str, &str)] = &[
     ("udaddy", "udaddy -c 3", "udaddy -c 3 -s ADDR"),
     ("udaddy in the older dialect", "OLD udaddy", "OLD udaddy -s ADDR"),
     ("rdma_server", "rdma_server -p PORT", "rdma_client -p PORT -s ADDR"),
+    ("rdma_xserver", "rdma_xserver -p PORT", "rdma_xclient -p PORT -s ADDR"),
+    ("rdma_xserver over XRC", "rdma_xserver -p PORT -c x", "rdma_xclient -p PORT -s ADDR -c x"),
     ("rstream", "rstream -p PORT -S all -C 50 -I 4", "rstream -p PORT -S all -C 50 -I 4 -s ADDR"),
     ("rstream -T b", "rstream -p PORT -S 4000 -T b", "rstream -p PORT -S 4000 -T b -s ADDR"),
     ("rstream -T n", "rstream -p PORT -S 4000 -T n", "rstream -p PORT -S 4000 -T n -s ADDR"),
@@ -89,6 +91,7 @@ fn trials(stage: &Stage, place: &str) -> Vec<Trial> {
         .collect();
     trials.push(stage.trial(format!("rcopy ({place})"), rcopy));
     trials.push(stage.trial(format!("a TCP program over rsocket ({place})"), tcp_program));
+    trials.push(stage.trial(format!("iperf over rsocket ({place})"), iperf));
     trials.push(stage.trial(format!("rstream -T a ({place})"), asynchronous));
     trials.push(stage.trial(format!("mckey ({place})"), multicast));
     trials.push(stage.trial(format!("cmtime of 1000 connections ({place})"), cmtime));
@@ -239,6 +242,26 @@ fn tcp_program(bed: &Bed) -> Result<()> {
     let client = Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()?;
     let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
     PairOutcome { server, client }.success()
+}
+
+/// iperf 2, a TCP program that knows nothing of RDMA, with threads of its own.
+fn iperf(bed: &Bed) -> Result<()> {
+    const NAME: &str = "iperf over rsocket";
+    if !has_program("iperf") || !Path::new(RSPRELOAD).exists() {
+        common::skip(NAME, "iperf or librspreload.so is not there");
+        return Ok(());
+    }
+    let port = free_port()?;
+    let server = bed.start_cm_server(&preloaded(&format!("iperf -s -p {port} -P 1")), port, LIMIT)?;
+    let words = preloaded(&format!("iperf -c {} -p {port} -n 32M", bed.server.address));
+    let client = Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()?;
+    let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
+    let outcome = PairOutcome { server, client };
+    outcome.success()?;
+    for end in [&outcome.server, &outcome.client] {
+        ensure!(end.stdout.contains("32.0 MBytes"), "{}", outcome.report());
+    }
+    Ok(())
 }
 
 /// Waits until a program has said something.

@@ -15,8 +15,10 @@ use crate::{CommId, Manager, Refusal, UDP_QKEY, id::Id, id::Phase, id::State, pl
 const LIFE_TIME: u8 = 18;
 /// Hop limit of routed paths.
 const HOP_LIMIT: u8 = 64;
-/// `IBV_QPT_UC`.
+/// `IBV_QPT_UC`, `IBV_QPT_XRC_SEND`, `IBV_QPT_XRC_RECV`.
 const QPT_UC: u8 = 3;
+const QPT_XRC_SEND: u8 = 9;
+const QPT_XRC_RECV: u8 = 10;
 
 impl Manager {
     pub(crate) fn route(&self, comm: CommId) -> Result<Route, Refusal> {
@@ -70,8 +72,8 @@ impl Manager {
             ah_attr: self.ah(id)?,
             ..QpAttr::default()
         };
-        if id.qp_type != QPT_UC {
-            mask = mask | QpAttrMask::MAX_DEST_RD_ATOMIC | QpAttrMask::MIN_RNR_TIMER;
+        if !matches!(id.qp_type, QPT_UC | QPT_XRC_SEND) {
+            mask |= QpAttrMask::MAX_DEST_RD_ATOMIC | QpAttrMask::MIN_RNR_TIMER;
             attr.max_dest_rd_atomic = connection.responder_resources;
         }
         Ok((mask, attr))
@@ -125,13 +127,13 @@ fn rts(id: &Id) -> (QpAttrMask, QpAttr) {
     let mut mask = QpAttrMask::STATE | QpAttrMask::SQ_PSN;
     let mut attr = QpAttr { sq_psn: connection.local_psn, ..QpAttr::default() };
     if id.qp_type != QPT_UC {
-        mask = mask
-            | QpAttrMask::TIMEOUT
-            | QpAttrMask::RETRY_CNT
-            | QpAttrMask::RNR_RETRY
-            | QpAttrMask::MAX_QP_RD_ATOMIC;
+        mask |= QpAttrMask::TIMEOUT;
         // One more than the path's life time: there and back.
         attr.timeout = id.ack_timeout.unwrap_or(LIFE_TIME + 1);
+    }
+    // A receiver of XRC asks for nothing.
+    if !matches!(id.qp_type, QPT_UC | QPT_XRC_RECV) {
+        mask |= QpAttrMask::RETRY_CNT | QpAttrMask::RNR_RETRY | QpAttrMask::MAX_QP_RD_ATOMIC;
         attr.retry_cnt = connection.retry_count;
         attr.rnr_retry = connection.rnr_retry_count;
         attr.max_rd_atomic = connection.initiator_depth;

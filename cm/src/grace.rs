@@ -12,7 +12,7 @@ use std::{
 use crate::{CommId, Manager, Message, reason};
 
 /// How long a port is waited for.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_secs(2);
 /// Requests that may wait for one port.
 const MAX_WAITING: usize = 1024;
 

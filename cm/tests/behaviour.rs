@@ -325,7 +325,7 @@ fn a_request_after_the_last_listener_is_refused_a_little_later() {
     let mut bed = Bed::new();
     let first = bed.listener(space::TCP, 0);
     bed.destroy(1, first);
-    bed.pass(Duration::from_millis(400));
+    bed.pass(Duration::from_millis(1900));
     bed.asking(space::TCP);
     bed.pass(Duration::from_millis(200));
     assert_eq!(bed.expect(2, EventKind::Rejected).status, i32::from(reason::INVALID_SERVICE_ID));
@@ -462,4 +462,34 @@ fn an_event_tells_what_would_be_asked_next() {
     check(&mut bed, 2, EventKind::ConnectResponse, all);
     bed.ask(2, Command::Accept { id: active, uid: 0, param: None }).unwrap();
     assert_eq!(bed.expect(1, EventKind::Established).known, None);
+}
+
+#[test]
+fn each_end_of_an_xrc_connection_has_the_attributes_of_its_half() {
+    // `enum ibv_qp_type`, then the masks that Linux gives for RTR and RTS (`cm_init_qp_rtr_attr`, `_rts_attr`).
+    let (receives, sends) = ((10, [0x12_9181, 0x1_0201]), (9, [0x10_1181, 0x1_2e01]));
+    let mut bed = Bed::new();
+    let create = |bed: &mut Bed, client, qp_type| match bed
+        .ask(client, Command::CreateId { uid: 7, space: space::IB, qp_type })
+    {
+        Ok(CmAnswer::Id(id)) => id,
+        other => panic!("{other:?}"),
+    };
+    let id = create(&mut bed, 1, receives.0);
+    bind(&mut bed, 1, id, &format!("0.0.0.0:{PORT}")).unwrap();
+    bed.ask(1, Command::Listen { id, backlog: 0 }).unwrap();
+    let id = create(&mut bed, 2, sends.0);
+    let destination = ip(&format!("10.0.0.1:{PORT}"));
+    bed.ask(2, Command::ResolveAddr { id, source: None, destination, timeout_ms: 1000 }).unwrap();
+    bed.ask(2, Command::ResolveRoute { id }).unwrap();
+    bed.ask(2, Command::Connect { id, param: param(2) }).unwrap();
+    bed.kinds(2);
+    let passive = bed.expect(1, EventKind::ConnectRequest).id;
+    for (client, id, (_, masks)) in [(1, passive, receives), (2, id, sends)] {
+        for (state, wanted) in [2, 3].into_iter().zip(masks) {
+            let answer = bed.ask(client, Command::InitQpAttr { id, state });
+            let Ok(CmAnswer::QpAttr { mask, .. }) = answer else { panic!("{answer:?}") };
+            assert_eq!(mask, wanted, "client {client}, state {state}");
+        }
+    }
 }

@@ -82,7 +82,7 @@ proptest! {
         }
         (1..=CLIENTS).for_each(|client| bed.manager.close(client));
         bed.settle();
-        bed.pass(Duration::from_secs(1));
+        bed.pass(Duration::from_secs(3));
         prop_assert_eq!(bed.manager.listeners().count(), 0);
         prop_assert_eq!(bed.manager.deadline(), None);
         prop_assert!(bed.manager.is_empty());

@@ -90,6 +90,12 @@ impl Access {
         self.client
     }
 
+    /// Whether it was performed in vain, or not at all.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        !self.done
+    }
+
     /// Does it. One that is not performed counts as failed.
     pub fn perform(&mut self, memory: &impl Foreign) {
         self.done = self.try_perform(memory).is_ok();

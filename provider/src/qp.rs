@@ -359,7 +359,7 @@ pub(crate) unsafe extern "C" fn destroy(qp: *mut ibv_qp) -> c_int {
             event::wait_for_acks(&raw mut (*qp).mutex, &raw mut (*qp).cond, || {
                 (*qp).events_completed == own.async_delivered.load(Ordering::SeqCst)
             });
-            if !(*qp).pd.is_null() {
+            if own.limits.qp_type != QpType::XrcRecv {
                 Pd::of((*qp).pd).let_go();
             }
             drop(Box::from_raw(qp.cast::<QpObject>()));

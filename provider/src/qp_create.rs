@@ -14,6 +14,7 @@ use verbs_abi::proto::{Answer, CreateQp, NewQp, Request};
 use verbs_abi::qp_attr;
 use verbs_abi::shm::Window;
 use verbs_abi::shm::queue::{Geometry, QueueArea};
+use verbs_abi::shm::wqe::MAX_SGE;
 use verbs_abi::verbs::{Opcode, QpState, QpType};
 
 use crate::abi::edge::{self, Errno};
@@ -65,6 +66,8 @@ pub(crate) unsafe extern "C" fn create(pd: *mut ibv_pd, attr: *mut ibv_qp_init_a
     edge::pointer(|| {
         // SAFETY: libibverbs passes a live PD of ours and the application's attributes.
         let object = unsafe { new((*pd).context, Home::Pd(pd), &*attr, Extras::default()) }?;
+        // SAFETY: just made; the application's attributes.
+        unsafe { tell_inline(object, &mut (*attr).cap) };
         Ok(object.cast())
     })
 }
@@ -91,7 +94,10 @@ pub(crate) unsafe extern "C" fn create_ex(
         let home = match receives_xrc {
             // SAFETY: the application names a live domain.
             true if !extended.xrcd.is_null() && unsafe { (*extended.xrcd).context } == context => {
-                Home::Domain(extended.xrcd)
+                Home::Domain(
+                    extended.xrcd,
+                    if has(ffi::IBV_QP_INIT_ATTR_PD) { extended.pd } else { ptr::null_mut() },
+                )
             }
             false
                 if has(ffi::IBV_QP_INIT_ATTR_PD)
@@ -117,6 +123,8 @@ pub(crate) unsafe extern "C" fn create_ex(
         let plain = unsafe { &*attr.cast::<ibv_qp_init_attr>() };
         // SAFETY: the PD or the domain is live, see above.
         let object = unsafe { new(context, home, plain, extras) }?;
+        // SAFETY: just made; the application's attributes.
+        unsafe { tell_inline(object, &mut (*attr).cap) };
         Ok(object.cast())
     })
 }
@@ -130,11 +138,21 @@ struct Extras {
     block_self_mcast: bool,
 }
 
-/// What a QP is made in: a PD, or for an XRC receiver its domain.
+/// Says how much may be sent inline: as much as has room anyway is given unasked.
+///
+/// # Safety
+/// `object` must be a live QP.
+unsafe fn tell_inline(object: *mut QpObject, cap: &mut ffi::ibv_qp_cap) {
+    // SAFETY: the caller's promise.
+    cap.max_inline_data = unsafe { Qp::of(object.cast()) }.limits.cap.max_inline_data;
+}
+
+/// What a QP is made in: a PD, or for an XRC receiver its domain. The PD that is named with a domain is shown to C, as
+/// librdmacm relies on, and is nothing to the QP.
 #[derive(Clone, Copy)]
 enum Home {
     Pd(*mut ibv_pd),
-    Domain(*mut ibv_xrcd),
+    Domain(*mut ibv_xrcd, *mut ibv_pd),
 }
 
 /// What a QP uses.
@@ -196,7 +214,7 @@ unsafe fn new(
         // SAFETY: the caller's promise.
         Home::Pd(pd) => (pd, unsafe { Pd::of(pd) }.id, None),
         // SAFETY: as above.
-        Home::Domain(xrcd) => (ptr::null_mut(), 0, Some(unsafe { Xrcd::of(xrcd) }.id)),
+        Home::Domain(xrcd, pd) => (pd, 0, Some(unsafe { Xrcd::of(xrcd) }.id)),
     };
     let id = |cq: &Option<Arc<Cq>>| cq.as_ref().map_or(0, |cq| cq.id);
     let request = Request::CreateQp(CreateQp {
@@ -226,7 +244,7 @@ unsafe fn new(
         // SAFETY: as above; there is room for every release's `verbs_qp`.
         unsafe { show_extended(object)? }
     }
-    if !pd.is_null() {
+    if let Home::Pd(pd) = home {
         // SAFETY: the caller's promise.
         unsafe { Pd::of(pd) }.hold();
     }
@@ -240,7 +258,10 @@ pub(crate) fn limits(attr: &ibv_qp_init_attr) -> Result<Limits, Errno> {
     if qp_type == QpType::RawPacket {
         return Err(Errno::OPNOTSUPP);
     }
-    let cap = qp_attr::cap_from_c(attr.cap);
+    let mut cap = qp_attr::cap_from_c(attr.cap);
+    // Every RNIC gives the room of the gather list, and programs (rdma_xclient) send inline without having asked.
+    let room = cap.max_send_sge.min(MAX_SGE as u32) * size_of::<ffi::ibv_sge>() as u32;
+    cap.max_inline_data = cap.max_inline_data.max(room);
     Geometry::new(cap.max_send_wr, cap.max_recv_wr, cap.max_send_sge, cap.max_recv_sge, cap.max_inline_data)
         .ok_or(Errno::INVAL)?;
     let allowed = OPCODES.into_iter().filter(|opcode| opcode.allowed_on(qp_type));

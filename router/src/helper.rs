@@ -35,6 +35,12 @@ impl ProcessMemory {
     pub(crate) fn new(file: File) -> Self {
         Self(file)
     }
+
+    /// Whether the program is no more, or another one has taken its place. The kernel says so by an end of the file,
+    /// which the memory of a living program has not.
+    fn is_gone(&self) -> bool {
+        matches!(self.0.read_at(&mut [0], 0), Ok(0))
+    }
 }
 
 impl Foreign for ProcessMemory {
@@ -128,6 +134,29 @@ fn serve(memory: &ProcessMemory, queue: &Receiver<Access>, way_back: &WayBack) {
     let _attendance = Attendance(&way_back.abandoned);
     while let Ok(mut access) = queue.recv() {
         access.perform(memory);
-        way_back.bring(access);
+        // The dead answer nothing: their peers run into their time-outs, as on a wire. The client's end, which follows,
+        // ends its accesses.
+        if !access.has_failed() || !memory.is_gone() {
+            way_back.bring(access);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn the_memory_of_the_dead_ends_and_that_of_the_living_does_not() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let memory = ProcessMemory::new(File::open(format!("/proc/{}/mem", child.id())).unwrap());
+        assert_eq!(memory.read(8, &mut [0]), Err(Fault), "nothing is mapped there");
+        assert!(!memory.is_gone(), "a fault is not an end");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(memory.read(8, &mut [0]), Err(Fault));
+        assert!(memory.is_gone());
     }
 }

@@ -144,8 +144,8 @@ fn exec(field: &Field) -> Result<()> {
     client.post(&qp, &wqe);
     let done = qp.completion()?;
     ensure!(
-        u32::from(done.status) == WcStatus::RemOpErr.value(),
-        "a write to the memory of a program that is no more: {done:?}"
+        u32::from(done.status) == WcStatus::RetryExcErr.value(),
+        "a program that is no more answered: {done:?}"
     );
     puppet.kill()
 }

@@ -24,6 +24,16 @@ pub(crate) const TOOLS: [Package; 2] = [
     package("perftest", "ib_write_bw", "stock verbs benchmarks: ib_write_bw and its kin"),
 ];
 
+/// Programs that meet by name.
+pub(crate) const RDMA_CM: [Package; 2] = [
+    package(
+        "rdmacm-utils",
+        "rping",
+        "stock programs of rdma_cm and rsocket: rping, ucmatose, mckey, rstream",
+    ),
+    package("iperf", "iperf", "a TCP program for rsocket"),
+];
+
 /// Allocators that give memory back as soon as they can.
 pub(crate) const ALLOCATORS: [Package; 2] = [
     package("libjemalloc2", "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2", "registered memory under jemalloc"),

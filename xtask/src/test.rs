@@ -83,7 +83,7 @@ impl Tier {
     fn packages(self) -> Vec<Package> {
         match self {
             Self::Unit | Self::Vm => Vec::new(),
-            Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS].concat(),
+            Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS, &packages::RDMA_CM].concat(),
             Self::Hosts => [&packages::TOOLS[..], &packages::NAMESPACES].concat(),
             Self::Containers => packages::CONTAINERS.to_vec(),
         }
