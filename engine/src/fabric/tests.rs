@@ -53,6 +53,8 @@ impl Bell for Count {
 struct TestMemory {
     table: Vec<MrEntry>,
     unreachable: bool,
+    /// What is mapped holds nothing any more.
+    lost: bool,
     /// As a direct peer sees it: shared sub-ranges and nothing else.
     moved_only: bool,
     windows: RefCell<Vec<MemoryWindow>>,
@@ -86,6 +88,10 @@ impl Memory for TestMemory {
 
     fn mapped(&self, _: &MrEntry, addr: u64, _: usize) -> Option<NonNull<u8>> {
         NonNull::new(addr as *mut u8)
+    }
+
+    fn is_intact(&self) -> bool {
+        !self.lost
     }
 
     fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {

@@ -241,6 +241,29 @@ fn memory_of_the_responder_that_cannot_be_reached_is_an_operational_error() {
 }
 
 #[test]
+fn what_was_copied_from_or_to_memory_that_is_lost_is_never_a_success() {
+    // Bytes 8192 and on are mapped.
+    for opcode in [Opcode::Write, Opcode::Read, Opcode::FetchAndAdd] {
+        for (is_own, expected) in [(true, WcStatus::LocProtErr), (false, WcStatus::RemOpErr)] {
+            let (mut fabric, mut a, b) = pair(QpType::Rc);
+            fabric.memory_mut(if is_own { a.client } else { b.client }).unwrap().lost = true;
+            a.post(&to(&b, opcode, a.sge(8192, 8), 8192, b.key));
+            turn(&mut fabric, 0);
+            assert_eq!(status(a.sends.pop()), expected, "{opcode}, own: {is_own}");
+        }
+    }
+    for (is_own, expected) in [(true, WcStatus::LocProtErr), (false, WcStatus::RemOpErr)] {
+        let (mut fabric, mut a, mut b) = pair(QpType::Rc);
+        fabric.memory_mut(if is_own { a.client } else { b.client }).unwrap().lost = true;
+        b.post_recv(1, &[b.sge(8192, 8)]);
+        a.post(&send(Opcode::Send, a.sge(8192, 8)));
+        turn(&mut fabric, 0);
+        assert_eq!(status(a.sends.pop()), expected, "SEND, own: {is_own}");
+        assert!(b.receives.pop().is_none_or(|done| done.status != 0), "a message of nothing came");
+    }
+}
+
+#[test]
 fn operations_that_the_responders_qp_does_not_allow_are_invalid_requests() {
     let disabled: [fn(&mut QpAttr); 3] = [
         |attr| attr.qp_access_flags = AccessFlags::LOCAL_WRITE.bits(),
