@@ -3,7 +3,13 @@
 //! IPv4: 20 undefined bytes (zeros here), then the IPv4 header with a right checksum, which is how
 //! `ibv_init_ah_from_wc` tells the two apart. IPv6: the IPv6 header.
 
-use verbs_abi::{proto::Gid, shm::wqe::Address};
+use verbs_abi::{
+    proto::Gid,
+    shm::{
+        cqe::{SL_IPV4, SL_IPV6},
+        wqe::Address,
+    },
+};
 
 /// Bytes of a GRH.
 pub(crate) const GRH_LEN: usize = 40;
@@ -48,6 +54,12 @@ pub(crate) fn grh(sgid: &Gid, address: &Address, payload: u64) -> [u8; GRH_LEN] 
     grh
 }
 
+/// What `ibv_wc.sl` says of a datagram with this GRH.
+pub(crate) fn packet_kind(grh: &[u8; GRH_LEN]) -> u8 {
+    // Zeros stand where an IPv6 header would begin with its version.
+    if grh[0] >> 4 == 6 { SL_IPV6 } else { SL_IPV4 }
+}
+
 /// The Internet checksum (RFC 1071) of an even number of bytes.
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
@@ -67,6 +79,7 @@ mod tests {
         let grh = grh(&gid(1), &Address { dgid: gid(2), hop_limit: 64, ..Address::default() }, 100);
         assert_eq!(checksum(&grh[20..]), 0);
         assert_eq!(grh[36..40], [10, 0, 0, 2]);
+        assert_eq!(packet_kind(&grh), SL_IPV4);
     }
 
     #[test]
@@ -76,5 +89,6 @@ mod tests {
         assert_eq!(grh[0] >> 4, 6);
         assert_eq!(grh[8..24], [1; 16]);
         assert_eq!(grh[24..], [2; 16]);
+        assert_eq!(packet_kind(&grh), SL_IPV6);
     }
 }

@@ -258,7 +258,7 @@ fn completion(qp_num: u32, cqe: &Cqe) -> ibv_wc {
         wc_flags: cqe.flags.into(),
         pkey_index: 0,
         slid: 0,
-        sl: 0,
+        sl: cqe.sl,
         dlid_path_bits: 0,
     }
 }

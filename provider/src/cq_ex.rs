@@ -75,8 +75,8 @@ pub(crate) unsafe extern "C" fn create(
         public.read_src_qp = Some(read_src_qp);
         public.read_wc_flags = Some(read_wc_flags);
         public.read_slid = Some(read_slid);
-        public.read_sl = Some(read_path_byte);
-        public.read_dlid_path_bits = Some(read_path_byte);
+        public.read_sl = Some(read_sl);
+        public.read_dlid_path_bits = Some(read_path_bits);
         Ok(object.cast())
     })
 }
@@ -163,12 +163,13 @@ readers! {
     read_wc_flags: c_uint = |rings| rings.shown.0.flags.into();
     read_completion_ts: u64 = |rings| rings.times.raw;
     read_completion_wallclock_ns: u64 = |rings| rings.times.wall;
+    read_sl: u8 = |rings| rings.shown.0.sl;
 }
 
 unsafe extern "C" fn read_slid(_cq: *mut ibv_cq_ex) -> u32 {
     0
 }
 
-unsafe extern "C" fn read_path_byte(_cq: *mut ibv_cq_ex) -> u8 {
+unsafe extern "C" fn read_path_bits(_cq: *mut ibv_cq_ex) -> u8 {
     0
 }

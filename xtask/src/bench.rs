@@ -6,7 +6,6 @@ mod handover;
 mod peers;
 mod ratios;
 mod registration;
-mod wake;
 
 use std::{path::PathBuf, process::ExitCode};
 

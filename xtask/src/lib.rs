@@ -8,6 +8,7 @@
 
 pub mod bed;
 pub mod conformance;
+pub mod figures;
 pub mod headers;
 pub mod hosts;
 pub mod huge_pages;
@@ -16,5 +17,7 @@ pub mod matrix;
 pub mod netns;
 pub mod perftest;
 pub mod process;
+pub mod reference;
 pub mod router;
 pub mod tree;
+pub mod wake;

@@ -8,6 +8,7 @@ mod conform;
 mod demo;
 mod fuzz;
 mod packages;
+mod perftest_ci;
 mod table;
 mod tcp;
 mod test;
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Options),
     /// Run rdma-core's own tests and compare with the committed tables
     Conformance(conform::Options),
+    /// Run the matrix of perftest cases for its figures and compare with the committed baseline
+    PerftestCi(perftest_ci::Options),
     /// Run the fuzz targets, with libFuzzer
     Fuzz(fuzz::Options),
     /// Run the benchmarks: those of the crates, then the whole system's ratios
@@ -68,6 +71,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(options) => demo::main(&options),
         Command::Test(options) => test::main(&options),
         Command::Conformance(options) => conform::main(&options),
+        Command::PerftestCi(options) => perftest_ci::main(&options),
         Command::Fuzz(options) => fuzz::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::TcpServe { port } => tcp::serve(port).map(|()| ExitCode::SUCCESS),

@@ -51,6 +51,8 @@ pub enum Tier {
     Hosts,
     /// Two containers.
     Containers,
+    /// Two processes of one host, for their figures: the short subset of perftest-ci.
+    Figures,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]

@@ -44,6 +44,14 @@ pub(crate) const ALLOCATORS: [Package; 2] = [
     ),
 ];
 
+/// Other people's programs over verbs; the tests of those that are missing are skipped.
+pub(crate) const PROGRAMS: [Package; 4] = [
+    package("ucx-utils", "ucx_perftest", "UCX over verbs"),
+    package("libfabric-bin", "fi_pingpong", "libfabric over verbs"),
+    package("fio", "fio", "a storage benchmark with an engine for RDMA"),
+    package("qperf", "qperf", "a network benchmark with tests for RDMA"),
+];
+
 /// Network namespaces.
 pub(crate) const NAMESPACES: [Package; 2] = [
     package("iproute2", "ip", "network namespaces and the cable between them"),

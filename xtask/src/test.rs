@@ -118,6 +118,10 @@ fn run_tier(tier: Tier, options: &Options, tree: &mut Option<Tree>) -> Result<Co
         println!("{error:#}");
         return Ok(Count::of_skip(format!("{error:#}")));
     }
+    if tier == Tier::Process {
+        // Without these a few tests are skipped, not the tier.
+        packages::require(&packages::PROGRAMS).unwrap_or_else(|error| println!("{error:#}"));
+    }
     let filter = options.filter.as_deref();
     let mut count = Count::default();
     if tier == Tier::Unit {

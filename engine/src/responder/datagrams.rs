@@ -14,7 +14,7 @@ use verbs_abi::{
 use super::{OPERATION, Reply, Request, Responder};
 use crate::{
     Access, Memory,
-    datagram::{GRH_LEN, grh},
+    datagram::{GRH_LEN, grh, packet_kind},
     foreign::Task,
     inbox::{Inbox, Parcel},
     stage::Stage,
@@ -56,7 +56,7 @@ impl Responder {
             .and_then(|_| transfer(payload, target, (0, GRH_LEN as u64), request.len, &mut unused));
         match moved {
             Ok(_) => {
-                let cqe = self.datagram_receipt(request);
+                let cqe = self.datagram_receipt(request, &header);
                 self.complete(&cqe, request.solicited);
                 Reply::Ack
             }
@@ -65,14 +65,20 @@ impl Responder {
         }
     }
 
-    fn datagram_receipt<M>(&self, request: &Request<'_, M>) -> Cqe {
+    fn datagram_receipt<M>(&self, request: &Request<'_, M>, header: &[u8; GRH_LEN]) -> Cqe {
         let mut cqe = self.receipt(request, WcOpcode::Recv, request.len + GRH_LEN as u64);
         cqe.flags |= WcFlags::GRH.bits() as u8;
+        cqe.sl = packet_kind(header);
         cqe
     }
 
     /// Keeps a datagram until its receive's memory was accessed, if there is a receive for it.
-    fn keep<M: Memory>(&mut self, header: &[u8], payload: Side<'_, M>, request: &Request<'_, M>) -> Reply {
+    fn keep<M: Memory>(
+        &mut self,
+        header: &[u8; GRH_LEN],
+        payload: Side<'_, M>,
+        request: &Request<'_, M>,
+    ) -> Reply {
         if !self.has_receive_for_one_more() {
             return Reply::Silence;
         }
@@ -81,7 +87,7 @@ impl Responder {
         if take_out(payload, &mut bytes[GRH_LEN..]).is_err() {
             return Reply::SourceFault;
         }
-        let receipt = self.datagram_receipt(request);
+        let receipt = self.datagram_receipt(request, header);
         self.inbox.push(Parcel { bytes, receipt, solicited: request.solicited });
         Reply::Ack
     }

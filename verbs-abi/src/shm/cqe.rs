@@ -12,6 +12,12 @@ use crate::verbs::WcStatus;
 /// Bytes of an entry.
 pub const CQE_LEN: usize = 32;
 
+/// What an adapter of the field's main vendor says in `ibv_wc.sl` of a datagram over Ethernet, where there are no
+/// service levels: bit 3 for UDP (RoCE v2), 2 for IPv4 below. UCX before 1.19 looks for the GRH by it.
+pub const SL_IPV4: u8 = 0xa;
+/// The same with 1 for IPv6.
+pub const SL_IPV6: u8 = 0x9;
+
 /// A completion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cqe {
@@ -31,6 +37,8 @@ pub struct Cqe {
     pub opcode: u8,
     /// `enum ibv_wc_flags`.
     pub flags: u8,
+    /// `ibv_wc.sl`: of a datagram, the kind of packet that it came in ([`SL_IPV4`], [`SL_IPV6`]).
+    pub sl: u8,
 }
 
 /// Number that marks position `at` as written; never that of an older lap.
@@ -74,6 +82,7 @@ impl CompletionWriter {
         self.ring.u64(at + 8).store(u64::from(cqe.byte_len) | u64::from(cqe.imm) << 32, Ordering::Relaxed);
         self.ring.u64(at + 16).store(u64::from(cqe.src_qp) | u64::from(cqe.wqe) << 32, Ordering::Relaxed);
         let kind = u64::from(cqe.status) | u64::from(cqe.opcode) << 8 | u64::from(cqe.flags) << 16;
+        let kind = kind | u64::from(cqe.sl) << 24;
         self.ring.u64(at + 24).store(kind | u64::from(sequence(self.tail)) << 32, Ordering::Release);
         // It can begin anywhere: a seat's counts lie where the owner can write.
         self.tail = self.tail.wrapping_add(1);
@@ -142,6 +151,7 @@ impl CompletionReader {
             status: kind as u8,
             opcode: (kind >> 8) as u8,
             flags: (kind >> 16) as u8,
+            sl: (kind >> 24) as u8,
         })
     }
 }
@@ -167,6 +177,7 @@ mod tests {
                     status: i,
                     opcode: 5,
                     flags: 6,
+                    sl: 7,
                 })
                 .collect();
             written.iter().for_each(|cqe| writer.push(cqe));

@@ -5,12 +5,13 @@ use anyhow::{Context, Result};
 use xtask::{
     bed::{Bed, Mode, Tool},
     perftest,
+    reference::memcpy,
 };
 
 use super::{
     handover,
     peers::{self, Ucx},
-    ratios::{LIMIT, Measurement, Ratio, Target, memcpy},
+    ratios::{LIMIT, Measurement, Ratio, Target},
 };
 use crate::demo::{bandwidth, latency};
 

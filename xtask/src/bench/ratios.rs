@@ -3,9 +3,7 @@
 //! Every figure is set against one of the same run on the same machine, except where time itself is promised.
 
 use std::{
-    fmt, fs,
-    hint::black_box,
-    thread,
+    fmt, fs, thread,
     time::{Duration, Instant},
 };
 
@@ -14,9 +12,11 @@ use xtask::{
     bed::{Bed, Mode, Pair, PairOutcome, Tool, free_port, start_server},
     interrupt, perftest,
     process::Job,
+    reference::memcpy,
+    wake,
 };
 
-use super::{connections, registration, wake};
+use super::{connections, registration};
 use crate::{
     build,
     demo::{bandwidth, latency},
@@ -199,19 +199,6 @@ fn against_memcpy(bed: &Bed, tool: &str) -> Result<Measurement> {
     Ok(Measurement { figure: bandwidth / memcpy, from })
 }
 
-/// Bytes a second of copying one message's buffer to another.
-pub(crate) fn memcpy(bytes: usize) -> f64 {
-    let (source, mut target) = (vec![1_u8; bytes], vec![0_u8; bytes]);
-    let (mut copies, start) = (0_u32, Instant::now());
-    while start.elapsed() < Duration::from_millis(500) {
-        for _ in 0..8 {
-            black_box(&mut target).copy_from_slice(black_box(&source));
-        }
-        copies += 8;
-    }
-    f64::from(copies) * bytes as f64 / start.elapsed().as_secs_f64()
-}
-
 fn many_pairs(bed: &Bed) -> Result<Measurement> {
     // Sampled from the 5th to the 9th second of each pair's 14: by then all run, and all still do.
     let tool = Tool::new("ib_write_bw", &["-s", "65536", "-D", "14", "-f", "5"]);
@@ -308,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn copying_and_counting_give_figures() {
+    fn counting_gives_figures() {
         let before = processor_time(std::process::id()).unwrap();
         assert!(memcpy(MESSAGE) > 1e8);
         assert!(processor_time(std::process::id()).unwrap() > before);
