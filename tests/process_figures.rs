@@ -1,12 +1,13 @@
-//! Promise: the figures of stock perftest do not fall far behind the committed ratios.
+//! Promise: what stock perftest measures here still works, and is set beside the committed ratios.
 //!
-//! A machine may be busy, so only what no disturbance explains fails here; `cargo xtask perftest-ci` looks closer.
+//! A test machine may be busy with other things, so that a figure far behind is said and fails nothing;
+//! `cargo xtask perftest-ci`, on a quiet machine, fails for it.
 
 mod common;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use common::Stage;
 use libtest_mimic::Trial;
 use xtask::{
@@ -16,10 +17,8 @@ use xtask::{
     reference::Reference,
 };
 
-/// So many times slower than the baseline is a loss.
-const TOLERANCE: f64 = 10.0;
-/// What disturbs a run may be gone in the next.
-const TRIES: usize = 3;
+/// So many times slower than the baseline is worth a line.
+const TOLERANCE: f64 = 3.0;
 
 fn main() -> ExitCode {
     common::run("process_figures", common::no_tree(), trials)
@@ -29,25 +28,23 @@ fn trials() -> Vec<Trial> {
     let stage = Stage::new(|| Bed::on_one_host(common::tree()?));
     let runs = Matrix::load(&common::workspace()).expect("the matrix can be read").runs(Tier::Figures);
     let trials = runs.into_iter().map(|run| {
-        let name = format!("{} is as fast as it was", run.name);
-        stage.trial(name, move |bed| keeps_its_ratio(bed, &run))
+        let name = format!("{} has its figure", run.name);
+        stage.trial(name, move |bed| compare(bed, &run))
     });
     trials.collect()
 }
 
-fn keeps_its_ratio(bed: &Bed, run: &Run) -> Result<()> {
+fn compare(bed: &Bed, run: &Run) -> Result<()> {
     let baseline = Baseline::load(&common::workspace())?;
-    let mut worst = String::new();
-    for _ in 0..TRIES {
-        let case = Case::measure(bed, run, &mut Reference::measure());
-        match baseline.change(&case, TOLERANCE) {
-            Some(Change::New) => bail!("`cargo xtask perftest-ci --write` has not seen it yet"),
-            Some(change) if change.is_loss() => {
-                worst =
-                    format!("{}: {:?}\n{}", change.text(), case.figures, case.failure.unwrap_or_default());
-            }
-            _ => return Ok(()),
-        }
+    let case = Case::measure(bed, run, &mut Reference::measure());
+    if let Some(reason) = &case.failure {
+        bail!("{reason}");
     }
-    bail!(worst)
+    ensure!(case.ratio().is_some(), "perftest's table has no figure");
+    match baseline.change(&case, TOLERANCE) {
+        Some(Change::New) => bail!("`cargo xtask perftest-ci --short --write` has not seen it yet"),
+        Some(change) => println!("{}: {} than the baseline: {:?}", case.name, change.text(), case.figures),
+        None => {}
+    }
+    Ok(())
 }
