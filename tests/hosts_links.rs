@@ -83,6 +83,13 @@ fn status(bed: &Bed) -> Result<()> {
     bed.run_pair(&Tool::new("ib_write_bw", &["-s", "65536", "-n", "64"]), LIMIT)?.success()?;
     let state = link(right)?;
     ensure!(state["router"] == "left" && state["state"] == "up", "{state}");
+    let ping = [bed.tree.program().display().to_string(), "ping".to_owned(), bed.server.address.clone()];
+    let socket = ["--socket".to_owned(), right.socket().display().to_string()];
+    let mut ping = command(ping.iter().chain(&socket));
+    ping.env_remove("FREEFLOW_SOCKET");
+    // This process lives on neither host: it is told the way, and that nobody answers from here.
+    let told = Job::spawn(ping, common::SHORT)?.wait()?;
+    ensure!(told.stdout.contains("served by router left"), "{}", told.report());
     ensure!(sent(right)? >= before + 64 * 65536, "{state}, {before} before");
     Ok(())
 }

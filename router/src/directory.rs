@@ -7,7 +7,10 @@ use std::{net::SocketAddr, sync::Arc};
 use engine::Routing;
 use verbs_abi::proto::Gid;
 
-use crate::config::{DirectoryFile, Prefix};
+use crate::{
+    config::{DirectoryFile, Prefix},
+    status,
+};
 
 /// A router of another host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +26,8 @@ pub(crate) struct Directory {
     pub(crate) peers: Vec<Peer>,
     /// Longest prefixes first; no peer: this router's own.
     routes: Vec<(u32, Prefix, Option<u32>)>,
+    /// What it says of these tenants, for the status.
+    pub(crate) listed: Vec<status::Route>,
 }
 
 impl Directory {
@@ -42,7 +47,15 @@ impl Directory {
             })
             .collect();
         routes.sort_by_key(|(_, prefix, _)| std::cmp::Reverse(prefix.bits()));
-        Arc::new(Self { peers, routes })
+        let known = file.routes.iter().filter(|route| tenants.contains(&route.tenant));
+        let listed = known
+            .map(|route| status::Route {
+                tenant: route.tenant.clone(),
+                prefix: route.prefix.to_string(),
+                router: route.router.clone(),
+            })
+            .collect();
+        Arc::new(Self { peers, routes, listed })
     }
 
     /// The number of a router.

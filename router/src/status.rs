@@ -30,6 +30,20 @@ pub struct Status {
     pub listeners: Vec<Listener>,
     /// Routers of other hosts.
     pub links: Vec<Link>,
+    /// What the directory says.
+    pub routes: Vec<Route>,
+}
+
+/// Addresses that one router serves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Route {
+    /// Trust domain.
+    pub tenant: String,
+    /// The addresses.
+    pub prefix: String,
+    /// The router's name, this one's own included.
+    pub router: String,
 }
 
 /// The link to a router of another host.

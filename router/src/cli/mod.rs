@@ -14,6 +14,7 @@ mod install;
 mod manual;
 mod namespace;
 mod node;
+mod ping;
 mod pki;
 mod probe;
 mod router;
@@ -65,6 +66,8 @@ enum Command {
     Status(status::Args),
     /// Check what this host offers and say how to mend what is missing
     Doctor(doctor::Args),
+    /// Tell step by step how a container's address resolves
+    Ping(ping::Args),
     /// Make the certificates with which routers of several hosts know each other
     Pki(pki::Args),
     /// Print a completion script for a shell
@@ -85,6 +88,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Env(args) => env::main(args),
         Command::Status(args) => status::main(args),
         Command::Doctor(args) => doctor::main(args),
+        Command::Ping(args) => ping::main(args),
         Command::Pki(args) => pki::main(args),
         Command::Completions(args) => manual::completions(args),
         Command::Man => manual::man(),

@@ -33,7 +33,7 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
 }
 
 /// Asks the router, after seeing that there is one.
-fn ask(socket: &std::path::Path) -> anyhow::Result<Status> {
+pub(crate) fn ask(socket: &std::path::Path) -> anyhow::Result<Status> {
     let shown = socket.display();
     match probe(socket) {
         Listener::Live { .. } => {

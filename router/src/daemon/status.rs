@@ -64,6 +64,7 @@ impl Daemon {
         status.listeners = self.listeners(sees);
         if tenant.sees_all && trusted {
             status.links = self.links.as_ref().map(Links::status).unwrap_or_default();
+            status.routes = self.links.as_ref().map(Links::routes).unwrap_or_default();
         }
         status
     }

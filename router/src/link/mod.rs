@@ -161,6 +161,11 @@ impl Links {
         self.caller.ring();
     }
 
+    /// What the directory says.
+    pub(crate) fn routes(&self) -> Vec<status::Route> {
+        self.directory.listed.clone()
+    }
+
     /// The other routers, and what the links to them carry.
     pub(crate) fn status(&self) -> Vec<status::Link> {
         let peers = self.directory.peers.iter().zip(&self.caller.traffic);
