@@ -57,8 +57,8 @@ const HEADER: [(&str, usize); 11] = [
     ("the completions written", 80),
     ("the verdict", 96),
     ("the seat", 128),
-    ("the state and the peer", 136),
-    ("the rights", 144),
+    ("the state and the peer", 320),
+    ("the rights", 328),
     ("the receives done", 192),
     ("the wish to be rung", 200),
 ];

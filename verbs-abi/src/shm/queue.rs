@@ -3,9 +3,10 @@
 //! ```text
 //! 0    owner line      SQ tail (blocks), RQ tail (entries)          owner writes
 //! 64   requester line  SQ head (blocks), WQEs done, CQEs written    seat holder writes
-//! 128  seat line       seat token, state, rights and depths          owner/router; router
+//! 128  seat line       seat token                                   owner/router
 //! 192  responder line  receives done, "ring me" flag                seat holder of the peer's SQ writes
 //! 256  journal         the WQE in progress                          seat holder writes
+//! 320  state line      state, rights and depths                     router writes, a direct peer reads often
 //! 512  SQ blocks | RQ entries | SQ completions | RQ completions
 //! ```
 //!
@@ -152,42 +153,42 @@ impl QpHeader {
     #[inline]
     #[must_use]
     pub fn state(&self) -> &AtomicU32 {
-        self.0.u32(136)
+        self.0.u32(320)
     }
 
     /// QP number of the connected peer.
     #[inline]
     #[must_use]
     pub fn peer(&self) -> &AtomicU32 {
-        self.0.u32(140)
+        self.0.u32(324)
     }
 
     /// `qp_access_flags` in the low half, `min_rnr_timer` in the high.
     #[inline]
     #[must_use]
     pub fn rights(&self) -> &AtomicU64 {
-        self.0.u64(144)
+        self.0.u64(328)
     }
 
     /// `max_rd_atomic`, for the owner's eyes: without any depth there are no READs and atomics.
     #[inline]
     #[must_use]
     pub fn initiator_depth(&self) -> &AtomicU32 {
-        self.0.u32(152)
+        self.0.u32(336)
     }
 
     /// Non-zero: a request was executed since RTR, so that nobody need tell of the first one.
     #[inline]
     #[must_use]
     pub fn established(&self) -> &AtomicU32 {
-        self.0.u32(156)
+        self.0.u32(340)
     }
 
     /// Non-zero: the QP may be connected directly; its owner clears this and asks for the pairing.
     #[inline]
     #[must_use]
     pub fn offer(&self) -> &AtomicU32 {
-        self.0.u32(160)
+        self.0.u32(344)
     }
 
     /// Receives consumed, which is receive completions written.
