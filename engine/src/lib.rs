@@ -31,7 +31,10 @@ pub mod wire;
 
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
-pub use fabric::{ATTR_LIMITS, ClientInit, Fabric, Modified, QpInit, QpSnapshot, Routing, SrqInit, XrcInit};
+pub use fabric::{
+    ATTR_LIMITS, ClientInit, Control, Controls, Fabric, MAX_WORDS, Modified, QpInit, QpSnapshot, Routing,
+    SrqInit, XrcInit,
+};
 pub use foreign::{Access, Foreign};
 pub use memory::{Fault, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};

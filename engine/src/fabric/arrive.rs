@@ -39,6 +39,7 @@ impl<M: Memory> Fabric<M> {
         header.path.tenant = tenant;
         match header.kind {
             Kind::Datagram => self.take_datagram(peer, &header, payload),
+            Kind::Control => self.take_control(peer, &header, payload),
             kind => {
                 let Some(at) = self.connected(peer, &header) else { return Ok(()) };
                 match kind {
@@ -136,7 +137,7 @@ impl<M: Memory> Fabric<M> {
                     self.launch(at, Half::Reply);
                 }
             }
-            Kind::Request | Kind::Datagram => {}
+            Kind::Request | Kind::Datagram | Kind::Control => {}
         }
         if self.reap(at) {
             self.schedule.enqueue(at);

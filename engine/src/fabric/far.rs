@@ -16,7 +16,7 @@ use verbs_abi::{
     verbs::{EventType, Opcode, QpState, QpType},
 };
 
-use super::{Fabric, Qp, access::Half, schedule::WORK};
+use super::{Fabric, Qp, access::Half, control::Controls, schedule::WORK};
 use crate::{
     Attempt, Memory,
     wire::{
@@ -51,6 +51,7 @@ pub(super) struct Far {
 #[derive(Debug, Default)]
 pub(super) struct Links {
     pub(super) routing: Option<Arc<dyn Routing>>,
+    pub(super) controls: Option<Arc<dyn Controls>>,
     pub(super) outboxes: Vec<Outbox>,
     /// QPs that owe their peers something, by index and number.
     owing: Vec<(usize, u32)>,
@@ -89,6 +90,9 @@ impl<M: Memory> Fabric<M> {
     /// A link to a router is there. `tenants`: its number of each tenant that both have, and ours.
     pub fn link_up(&mut self, peer: u32, tenants: HashMap<u32, u32>) {
         self.links.outbox(peer).open(tenants);
+        if let Some(controls) = &self.links.controls {
+            controls.link_up(peer);
+        }
         self.interrupt(peer);
     }
 

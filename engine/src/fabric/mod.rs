@@ -7,6 +7,7 @@
 
 mod access;
 mod arrive;
+mod control;
 mod datagrams;
 mod direct;
 mod far;
@@ -36,6 +37,7 @@ use verbs_abi::{
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
 
 use access::{Accesses, Counts};
+pub use control::{Control, Controls, MAX_WORDS};
 pub use far::Routing;
 use far::{Far, Links};
 use groups::Groups;

@@ -15,7 +15,7 @@ use super::{Path, SEGMENT};
 use crate::{MAX_DATAGRAM, MAX_MESSAGE};
 
 /// Version of this format and of the rules around it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a header.
 pub const HEADER: usize = 104;
 /// Bytes of the longest packet.
@@ -45,9 +45,11 @@ pub(crate) enum Kind {
     Data,
     /// What the atomic with that number found, as the first operand.
     Found,
+    /// Words of the hosts themselves, for no QP.
+    Control,
 }
 
-const KINDS: [Kind; 9] = [
+const KINDS: [Kind; 10] = [
     Kind::Request,
     Kind::Datagram,
     Kind::Ack,
@@ -57,6 +59,7 @@ const KINDS: [Kind; 9] = [
     Kind::Ready,
     Kind::Data,
     Kind::Found,
+    Kind::Control,
 ];
 
 /// A packet that cannot be: its sender speaks another language.

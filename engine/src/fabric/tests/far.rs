@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use super::*;
 use crate::wire::packet;
 
+mod control;
 mod property;
 mod refusals;
 
