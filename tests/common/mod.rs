@@ -8,6 +8,7 @@
 pub(crate) mod container;
 pub(crate) mod daemon;
 pub(crate) mod device;
+pub(crate) mod guests;
 pub(crate) mod pingpong;
 pub(crate) mod probe;
 pub(crate) mod rootfs;

@@ -1,5 +1,6 @@
 //! What the developer's front door and the whole-system tests share: the install tree, a router for a while,
-//! network namespaces, stock tools run as a server and a client with a time limit, and rdma-core's own tests.
+//! network namespaces, virtual machines, stock tools run as a server and a client with a time limit, and rdma-core's
+//! own tests.
 //!
 //! Does: start, watch and stop processes, and read what perftest prints. Leaves to others: what is asserted
 //! (`tests/`), and what a developer asks for (the `xtask` program).
@@ -20,4 +21,5 @@ pub mod process;
 pub mod reference;
 pub mod router;
 pub mod tree;
+pub mod vm;
 pub mod wake;

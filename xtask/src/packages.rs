@@ -73,6 +73,19 @@ pub(crate) const CONTAINERS: [Package; 7] = [
     package("mmdebstrap", "mmdebstrap", "root file systems of Debian's releases for the containers"),
 ];
 
+/// Virtual machines whose kernel has RDMA. Their kernel is unpacked from its package, not installed.
+pub(crate) const MACHINES: [Package; 4] = [
+    package("qemu-system-x86", "qemu-system-x86_64", "virtual machines"),
+    package(
+        "busybox-static",
+        // Another package has the same program, but not static.
+        "/var/lib/dpkg/info/busybox-static.list",
+        "the first programs of a virtual machine",
+    ),
+    package("kmod", "depmod", "finding the kernel modules of a virtual machine"),
+    package("iproute2", "rdma", "an RNIC in software, inside"),
+];
+
 /// Installs those that are missing, saying what and why. Who may not is told the one command that does.
 pub(crate) fn require(packages: &[Package]) -> Result<()> {
     let missing: Vec<Package> = packages.iter().copied().filter(|package| !package.is_there()).collect();

@@ -101,8 +101,8 @@ impl Job {
         Pid::from_child(&self.child)
     }
 
-    /// Only a child that was not yet waited for is signalled: its number cannot belong to anyone else.
-    fn kill(&mut self) {
+    /// Ends it at once. Only a child that was not yet waited for is signalled: its number cannot belong to anyone else.
+    pub(crate) fn kill(&mut self) {
         if self.status.is_none() {
             let _ = kill_process_group(self.group(), Signal::KILL);
             self.status = self.child.wait().ok();
@@ -144,6 +144,17 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// How something ended that was not started by a [`Job`], with its two streams.
+    pub(crate) fn new(
+        name: String,
+        status: Option<ExitStatus>,
+        [stdout, stderr]: [String; 2],
+        took: Duration,
+        limit: Duration,
+    ) -> Self {
+        Self { name, status, stdout, stderr, took, limit }
+    }
+
     /// Whether it exited with 0.
     pub fn succeeded(&self) -> bool {
         self.status.is_some_and(|status| status.success())

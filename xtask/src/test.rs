@@ -50,7 +50,7 @@ enum Tier {
     Hosts,
     /// Stock tools between two unprivileged containers
     Containers,
-    /// A virtual machine whose kernel has RDMA
+    /// Virtual machines whose kernel has RDMA
     Vm,
 }
 
@@ -82,10 +82,14 @@ impl Tier {
 
     fn packages(self) -> Vec<Package> {
         match self {
-            Self::Unit | Self::Vm => Vec::new(),
+            Self::Unit => Vec::new(),
             Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS, &packages::RDMA_CM].concat(),
             Self::Hosts => [&packages::TOOLS[..], &packages::NAMESPACES].concat(),
             Self::Containers => packages::CONTAINERS.to_vec(),
+            Self::Vm => {
+                [&packages::TOOLS[..], &packages::RDMA_CM, &packages::NAMESPACES, &packages::MACHINES]
+                    .concat()
+            }
         }
     }
 
