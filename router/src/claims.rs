@@ -2,15 +2,19 @@
 //!
 //! Whoever owns a network namespace can give it any address. So where tenants have prefixes, an address belongs to
 //! the namespace whose client showed it first, until the last client there that shows it is gone; many clients of
-//! one namespace share it. Leaves to others: which addresses a namespace has (`addresses`), which of them a tenant
-//! may have at all (its prefixes).
+//! one namespace share it. Of addresses that are announced the directory is told, and what another host has is not
+//! served here. Leaves to others: which addresses a namespace has (`addresses`), which of them a tenant may have at
+//! all (its prefixes), other hosts (`directory`).
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use verbs_abi::proto::Gid;
 
-use crate::{addresses, identity::Namespace};
+use crate::{directory::Directory, identity::Namespace, tenant::Tenant};
 
 /// Whose an address is: a network namespace, as one tenant's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,48 +25,101 @@ pub(crate) struct Claimant {
 
 /// The addresses in use.
 #[derive(Debug, Default)]
-pub(crate) struct Claims(Mutex<HashMap<Gid, Claim>>);
+pub(crate) struct Claims {
+    all: Mutex<HashMap<Gid, Claim>>,
+    /// Who is told of those that are announced.
+    directory: Option<Arc<Directory>>,
+}
 
 #[derive(Debug)]
 struct Claim {
     by: Claimant,
     clients: HashSet<u32>,
+    is_announced: bool,
+}
+
+/// What a client has got of what it wanted.
+#[derive(Debug, Default)]
+pub(crate) struct Settled {
+    /// Claimed, and to be given back.
+    pub(crate) held: Vec<Gid>,
+    /// Addresses that it may use: also those that are nobody's, but not those that another host has.
+    pub(crate) granted: Vec<Gid>,
+    /// The others, with why.
+    pub(crate) refused: Vec<(Gid, String)>,
 }
 
 impl Claims {
+    /// Where announced addresses are told to other hosts.
+    pub(crate) fn new(directory: Option<Arc<Directory>>) -> Self {
+        Self { all: Mutex::default(), directory }
+    }
+
     /// Gives `client` those of the `wanted` addresses that are nobody else's, and takes back what it held before
     /// and does not want any more. Addresses that mean something on one link or one host only are nobody's.
-    pub(crate) fn settle(&self, client: u32, by: Claimant, wanted: &[Gid], held: &[Gid]) -> Vec<Gid> {
-        let mut claims = self.0.lock();
-        let mut grant = |gid: &&Gid| {
-            if addresses::is_local(gid) {
-                return true;
+    pub(crate) fn settle(
+        &self,
+        client: u32,
+        by: Claimant,
+        tenant: &Tenant,
+        wanted: &[Gid],
+        held: &[Gid],
+    ) -> Settled {
+        let mut all = self.all.lock();
+        let mut settled = Settled::default();
+        for gid in wanted {
+            if !tenant.guards(gid) {
+                settled.granted.push(*gid);
+                continue;
             }
-            let claim = claims.entry(**gid).or_insert_with(|| Claim { by, clients: HashSet::new() });
-            let granted = claim.by == by;
-            if granted {
-                claim.clients.insert(client);
+            let new = || Claim { by, clients: HashSet::new(), is_announced: tenant.announces(gid) };
+            let claim = all.entry(*gid).or_insert_with(new);
+            if claim.by != by {
+                settled.refused.push((*gid, "it is in use by another network namespace".to_owned()));
+                continue;
             }
-            granted
-        };
-        let granted: Vec<Gid> = wanted.iter().filter(&mut grant).copied().collect();
-        let lost: Vec<Gid> = held.iter().filter(|gid| !granted.contains(gid)).copied().collect();
-        release(&mut claims, client, &lost);
-        granted
+            claim.clients.insert(client);
+            settled.held.push(*gid);
+            let directory = self.directory.as_ref().filter(|_| claim.is_announced);
+            let other = directory.and_then(|directory| {
+                directory.claim(by.tenant, gid);
+                directory.refused_by(by.tenant, gid)
+            });
+            match other {
+                None => settled.granted.push(*gid),
+                Some(other) => {
+                    settled.refused.push((*gid, format!("the directory says that router {other} has it")));
+                }
+            }
+        }
+        let lost: Vec<Gid> = held.iter().filter(|gid| !settled.held.contains(gid)).copied().collect();
+        self.give_back(&mut all, client, &lost);
+        settled
     }
 
     /// Takes back what a client held that is gone.
     pub(crate) fn release(&self, client: u32, held: &[Gid]) {
-        release(&mut self.0.lock(), client, held);
+        self.give_back(&mut self.all.lock(), client, held);
     }
-}
 
-fn release(claims: &mut HashMap<Gid, Claim>, client: u32, held: &[Gid]) {
-    for gid in held {
-        let Some(claim) = claims.get_mut(gid) else { continue };
-        claim.clients.remove(&client);
-        if claim.clients.is_empty() {
-            claims.remove(gid);
+    /// Whether the directory has not said yet whether all of these are this host's.
+    pub(crate) fn are_unsettled(&self, tenant: u32, held: &[Gid]) -> bool {
+        let unsettled =
+            |directory: &Arc<Directory>| held.iter().any(|gid| directory.is_unsettled(tenant, gid));
+        self.directory.as_ref().is_some_and(unsettled)
+    }
+
+    fn give_back(&self, all: &mut HashMap<Gid, Claim>, client: u32, held: &[Gid]) {
+        for gid in held {
+            let Some(claim) = all.get_mut(gid) else { continue };
+            claim.clients.remove(&client);
+            if !claim.clients.is_empty() {
+                continue;
+            }
+            if let Some(directory) = self.directory.as_ref().filter(|_| claim.is_announced) {
+                directory.release(claim.by.tenant, gid);
+            }
+            all.remove(gid);
         }
     }
 }
@@ -72,6 +129,16 @@ mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
+
+    /// A tenant with a prefix that holds everything.
+    fn tenant() -> Arc<Tenant> {
+        let text = "[[tenant]]\nname = 'a'\nsocket = '/a'\nprefixes = ['::/0']\n";
+        Tenant::all(&toml::from_str(text).unwrap(), 1064).remove(0)
+    }
+
+    fn settle(claims: &Claims, client: u32, by: Claimant, wanted: &[Gid], held: &[Gid]) -> Vec<Gid> {
+        claims.settle(client, by, &tenant(), wanted, held).granted
+    }
 
     fn gid(last: u16) -> Gid {
         Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, last).octets()
@@ -85,34 +152,34 @@ mod tests {
     fn the_first_keeps_an_address_until_its_last_client_goes() {
         let claims = Claims::default();
         let wanted = [gid(1), gid(2)];
-        assert_eq!(claims.settle(1, by(0, 7), &wanted, &[]), wanted);
-        assert_eq!(claims.settle(2, by(0, 7), &wanted, &[]), wanted, "one namespace shares");
-        assert_eq!(claims.settle(3, by(0, 8), &[gid(1), gid(3)], &[]), [gid(3)], "another does not");
-        assert!(claims.settle(4, by(1, 7), &wanted, &[]).is_empty(), "nor does another tenant");
+        assert_eq!(settle(&claims, 1, by(0, 7), &wanted, &[]), wanted);
+        assert_eq!(settle(&claims, 2, by(0, 7), &wanted, &[]), wanted, "one namespace shares");
+        assert_eq!(settle(&claims, 3, by(0, 8), &[gid(1), gid(3)], &[]), [gid(3)], "another does not");
+        assert!(settle(&claims, 4, by(1, 7), &wanted, &[]).is_empty(), "nor does another tenant");
         claims.release(1, &wanted);
-        assert!(claims.settle(4, by(1, 7), &wanted, &[]).is_empty());
+        assert!(settle(&claims, 4, by(1, 7), &wanted, &[]).is_empty());
         claims.release(2, &wanted);
-        assert_eq!(claims.settle(4, by(1, 7), &wanted, &[]), wanted);
+        assert_eq!(settle(&claims, 4, by(1, 7), &wanted, &[]), wanted);
         claims.release(4, &wanted);
         claims.release(3, &[gid(3)]);
-        assert!(claims.0.lock().is_empty(), "nothing is left");
+        assert!(claims.all.lock().is_empty(), "nothing is left");
     }
 
     #[test]
     fn an_address_that_left_is_free_and_one_that_stayed_is_not() {
         let claims = Claims::default();
-        let held = claims.settle(1, by(0, 7), &[gid(1), gid(2)], &[]);
-        let held = claims.settle(1, by(0, 7), &[gid(2)], &held);
+        let held = settle(&claims, 1, by(0, 7), &[gid(1), gid(2)], &[]);
+        let held = settle(&claims, 1, by(0, 7), &[gid(2)], &held);
         assert_eq!(held, [gid(2)]);
-        assert_eq!(claims.settle(2, by(0, 8), &[gid(1), gid(2)], &[]), [gid(1)]);
+        assert_eq!(settle(&claims, 2, by(0, 8), &[gid(1), gid(2)], &[]), [gid(1)]);
     }
 
     #[test]
     fn who_cannot_be_seen_shares_with_nobody() {
         let claims = Claims::default();
         let unknown = |client| Claimant { tenant: 0, namespace: Namespace::Unknown { client } };
-        assert_eq!(claims.settle(1, unknown(1), &[gid(1)], &[]), [gid(1)]);
-        assert!(claims.settle(2, unknown(2), &[gid(1)], &[]).is_empty());
+        assert_eq!(settle(&claims, 1, unknown(1), &[gid(1)], &[]), [gid(1)]);
+        assert!(settle(&claims, 2, unknown(2), &[gid(1)], &[]).is_empty());
     }
 
     #[test]
@@ -120,8 +187,8 @@ mod tests {
         let claims = Claims::default();
         let local = ["fe80::1", "::1", "::ffff:127.0.0.1", "::ffff:169.254.1.1"];
         let local = local.map(|text| text.parse::<Ipv6Addr>().unwrap().octets());
-        assert_eq!(claims.settle(1, by(0, 7), &local, &[]), local);
-        assert_eq!(claims.settle(2, by(1, 8), &local, &[]), local);
-        assert!(claims.0.lock().is_empty());
+        assert_eq!(settle(&claims, 1, by(0, 7), &local, &[]), local);
+        assert_eq!(settle(&claims, 2, by(1, 8), &local, &[]), local);
+        assert!(claims.all.lock().is_empty());
     }
 }

@@ -14,11 +14,15 @@ use std::{
 use serde::{Deserialize, Deserializer, de};
 use verbs_abi::shm::arena;
 
+mod directory;
 mod links;
 mod prefix;
 mod tenant;
 
-pub use links::{Directory, DirectoryFile, Links, Route, Security};
+pub use directory::{Directory, DirectoryFile, Endpoint, Route};
+pub(crate) use directory::{is_for_hosts, may_listen};
+pub(crate) use links::is_name;
+pub use links::{Links, Security};
 pub use prefix::{Prefix, PrefixError};
 pub use tenant::{Mode, Overrides, Owner, Tenant};
 
@@ -178,6 +182,16 @@ impl Config {
         if self.links.is_some() != self.directory.is_some() {
             return Some("[links] and [directory] go together; write both or none".to_owned());
         }
+        let both = self.links.as_ref().zip(self.directory.as_ref());
+        if let Some(fault) = both.and_then(|(links, directory)| directory.fault(links)) {
+            return Some(fault);
+        }
+        let publishes = self.directory.as_ref().is_some_and(|directory| !directory.announce.is_empty());
+        if publishes && !self.tenants.is_empty() {
+            return Some(
+                "directory.announce is for a router without tenants; write it into each [[tenant]]".into(),
+            );
+        }
         self.limits.fault("limits").or_else(|| self.tenants_fault())
     }
 
@@ -191,6 +205,9 @@ impl Config {
             let own = tenant.fault().or_else(|| quotas(&tenant.limits, "limits"));
             let own = own.or_else(|| quotas(&tenant.total, "total"));
             let same_socket = self.socket.as_ref() == Some(&tenant.socket);
+            let has_etcd = self.directory.as_ref().is_some_and(Directory::is_etcd);
+            let lost = !tenant.announce.is_empty() && !has_etcd;
+            let own = own.or_else(|| lost.then(|| of("announce goes with [directory] etcd = [...]")));
             let own = own.or_else(|| same_socket.then(|| of("socket is the router's own; give it another")));
             let fault = own.or_else(|| self.tenants[..i].iter().find_map(|other| other.conflict(tenant)));
             if fault.is_some() {

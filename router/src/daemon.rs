@@ -41,7 +41,8 @@ use crate::{
     account::Resource as Held,
     bell::Ringer,
     broker::Broker,
-    config::{Config, DirectoryFile},
+    claims::Claims,
+    config::{self, Config},
     directory::Directory,
     error::DaemonError,
     guard, guid,
@@ -64,8 +65,9 @@ const FAULTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const STOP: u64 = 2;
 const LANE_ENDED: u64 = 3;
+const DIRECTORY: u64 = 4;
 /// Tokens from here on are connections: socket `2 * id`, process `2 * id + 1`.
-const FIRST_SESSION: u32 = 2;
+const FIRST_SESSION: u32 = 3;
 /// Tokens from here on are listeners.
 const DOORS: u64 = 1 << 40;
 
@@ -130,6 +132,8 @@ pub struct Daemon {
     stop: OwnedFd,
     lane_ended: OwnedFd,
     links: Option<Links>,
+    /// The directory, and where it comes from.
+    directory: Option<Told>,
     terms: Terms,
     sessions: BTreeMap<u32, Session>,
     next_session: u32,
@@ -174,7 +178,8 @@ impl Daemon {
         // Without tenants, the one there is has the control socket.
         let operator = (!config.tenants.is_empty()).then(|| Tenant::operator(config));
         let names: Vec<String> = known.iter().map(|tenant| tenant.name.clone()).collect();
-        let links = links(config, &names, &lane)?;
+        let directory = directory(config, &names)?;
+        let links = links(config, directory.as_ref(), &names, &lane)?;
         let listeners = std::iter::once(listener).chain(tenants);
         let doors: Vec<_> = listeners.zip(operator.into_iter().chain(known)).collect();
         let make = || -> io::Result<_> {
@@ -187,6 +192,10 @@ impl Daemon {
             .and_then(|()| watch(&stop, STOP))
             .and_then(|()| watch(&lane_ended, LANE_ENDED))
             .and_then(|()| watch(&faults, FAULTS))
+            .and_then(|()| match &directory {
+                Some((directory, ..)) => self::watch(&epoll, directory, DIRECTORY, epoll::EventFlags::IN),
+                None => Ok(()),
+            })
             .map_err(set_up("event handling"))?;
         let now = Instant::now();
         Ok(Self {
@@ -195,7 +204,8 @@ impl Daemon {
             stop,
             lane_ended,
             links,
-            terms: terms(lane, faults),
+            terms: terms(lane, faults, directory.as_ref().map(|(directory, ..)| Arc::clone(directory))),
+            directory,
             sessions: BTreeMap::new(),
             next_session: FIRST_SESSION,
             clients: 0,
@@ -231,6 +241,12 @@ impl Daemon {
         let ended = self.lane_ended.try_clone().map(LaneEnded).map_err(set_up("the data path"))?;
         let thread = self.terms.lane.start(ended).map_err(set_up("the data path"))?;
         let links = self.links.as_mut().map_or(Ok(None), Links::start).map_err(set_up("links"))?;
+        let directory = match &self.directory {
+            Some((directory, links, config)) => {
+                directory.start(config, links).map_err(set_up("the directory"))?
+            }
+            None => None,
+        };
         let result = self.serve(&signals);
         if let (Some(of), Some(thread)) = (&self.links, links) {
             of.stop();
@@ -239,6 +255,12 @@ impl Daemon {
             }
         }
         self.sessions.clear();
+        if let (Some((of, ..)), Some(thread)) = (&self.directory, directory) {
+            of.stop();
+            if thread.join().is_err() {
+                tracing::error!("the thread of the directory panicked");
+            }
+        }
         self.finish(thread);
         result
     }
@@ -269,6 +291,7 @@ impl Daemon {
                     },
                     STOP => return Ok(End::Told),
                     FAULTS => self.drop_spoilt(),
+                    DIRECTORY => self.hear_directory(),
                     LANE_ENDED => return Err(DaemonError::LaneEnded),
                     door @ DOORS.. => self.accept((door - DOORS) as usize),
                     token => self.attend(token, event.flags),
@@ -366,7 +389,7 @@ impl Daemon {
             session.tenant().complain("a device was not opened", session.peer().pid, &why);
             return session.send(&Err(errno.raw_os_error()), &[]);
         }
-        let outcome = session.hello(&self.terms, hello);
+        let step = session.hello(&self.terms, hello);
         if let Some(client) = session.client() {
             self.clients += 1;
             tracing::debug!(
@@ -377,7 +400,7 @@ impl Daemon {
                 "opened"
             );
         }
-        outcome
+        self.conclude(id, step, true)
     }
 
     /// Acts on how far a request has come. `first`: it was not put off yet.
@@ -389,6 +412,9 @@ impl Daemon {
                 Ok(())
             }
             Step::Later => Ok(()),
+            Step::Welcome(welcome) => {
+                self.sessions.get(&id).map_or(Ok(()), |session| session.welcome(welcome))
+            }
             Step::Done(reply) => self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[])),
             Step::Direct(peer, recv_cq) => self.introduce(id, peer, recv_cq),
         }
@@ -481,23 +507,35 @@ fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags)
     Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
 }
 
-/// The links to other hosts, if there are any.
-fn links(config: &Config, tenants: &[String], lane: &Arc<Lane>) -> Result<Option<Links>, DaemonError> {
-    let (Some(links), Some(directory)) = (&config.links, &config.directory) else { return Ok(None) };
-    let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
-    let file = DirectoryFile::load(&directory.file, links.security)
-        .map_err(io::Error::other)
-        .map_err(set_up("the directory"))?;
-    let directory = Directory::new(&file, &links.name, tenants);
-    Links::new(links, directory, tenants, lane).map(Some).map_err(set_up("links"))
+/// The directory, and where it comes from.
+type Told = (Arc<Directory>, config::Links, config::Directory);
+
+/// Which router serves an address, if there are other hosts.
+fn directory(config: &Config, tenants: &[String]) -> Result<Option<Told>, DaemonError> {
+    let (Some(links), Some(told)) = (&config.links, &config.directory) else { return Ok(None) };
+    let directory = Directory::of(told, links, tenants)
+        .map_err(|source| DaemonError::SetUp { what: "the directory", source })?;
+    Ok(Some((directory, links.clone(), told.clone())))
 }
 
-fn terms(lane: Arc<Lane>, faults: OwnedFd) -> Terms {
+/// The links to other hosts, if there are any.
+fn links(
+    config: &Config,
+    directory: Option<&Told>,
+    tenants: &[String],
+    lane: &Arc<Lane>,
+) -> Result<Option<Links>, DaemonError> {
+    let (Some(links), Some((directory, ..))) = (&config.links, directory) else { return Ok(None) };
+    let links = Links::new(links, Arc::clone(directory), tenants, lane);
+    links.map(Some).map_err(|source| DaemonError::SetUp { what: "links", source })
+}
+
+fn terms(lane: Arc<Lane>, faults: OwnedFd, directory: Option<Arc<Directory>>) -> Terms {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Terms {
         lane,
         ringer: Ringer::new(),
-        claims: Arc::default(),
+        claims: Arc::new(Claims::new(directory)),
         guid: guid::of_this_host(),
         faults: Arc::new(faults),
         cores: u32::try_from(cores).unwrap_or(u32::MAX),

@@ -22,7 +22,7 @@ pub mod client;
 pub mod config;
 pub mod daemon;
 mod descriptor;
-mod directory;
+pub mod directory;
 pub mod error;
 mod guard;
 mod guid;

@@ -30,8 +30,50 @@ pub struct Status {
     pub listeners: Vec<Listener>,
     /// Routers of other hosts.
     pub links: Vec<Link>,
-    /// What the directory says.
+    /// What the directory says; of a large one not all.
     pub routes: Vec<Route>,
+    /// The directory itself.
+    pub directory: Directory,
+}
+
+/// Where it is written which router serves an address.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Directory {
+    /// `file` or `etcd`; nothing where this host is alone.
+    pub kind: String,
+    /// This router's name in it.
+    pub name: String,
+    /// The server in use.
+    pub place: String,
+    /// `read` (a file), `starting`, `up` or `lost`.
+    pub state: String,
+    /// Why it was lost.
+    pub trouble: String,
+    /// How long it has been in that state.
+    pub since_seconds: u64,
+    /// How far its changes are known.
+    pub revision: u64,
+    /// Other routers that are known.
+    pub routers: u64,
+    /// Single addresses that are known.
+    pub addresses: u64,
+    /// Addresses of this router's clients that other hosts are told of.
+    pub own: Vec<Announcement>,
+}
+
+/// An address of this router's clients that other hosts are told of.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Announcement {
+    /// Trust domain.
+    pub tenant: String,
+    /// The address.
+    pub address: String,
+    /// `pending`, `published`, `refused` (another host has it) or `leaving`.
+    pub state: String,
+    /// The router that has it, where it was refused.
+    pub router: String,
 }
 
 /// Addresses that one router serves.

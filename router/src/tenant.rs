@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    net::Ipv6Addr,
     path::PathBuf,
     sync::{
         Arc,
@@ -18,6 +19,7 @@ use verbs_abi::{
 
 use crate::{
     account::{Account, Resource},
+    addresses,
     config::{self, Config, Prefix},
     throttle::Throttle,
 };
@@ -52,6 +54,8 @@ pub(crate) struct Tenant {
     /// Whether the loosest mode is direct.
     is_direct: AtomicBool,
     prefixes: Vec<Prefix>,
+    /// The addresses that the directory is told of.
+    announce: Vec<Prefix>,
     /// Quotas of one client.
     limits: config::Limits,
     /// What all its clients hold.
@@ -79,6 +83,8 @@ impl Tenant {
             let mut tenant =
                 Self::new(0, "default", config, &config.limits, &config::Overrides::default(), share);
             tenant.sees_all = true;
+            tenant.announce =
+                config.directory.iter().flat_map(|directory| directory.announce.clone()).collect();
             return vec![Arc::new(tenant)];
         }
         let made = config.tenants.iter().zip(0..).map(|(told, index)| {
@@ -86,6 +92,7 @@ impl Tenant {
             let mut tenant = Self::new(index, &told.name, config, &limits, &told.total, share);
             tenant.socket.clone_from(&told.socket);
             tenant.prefixes.clone_from(&told.prefixes);
+            tenant.announce.clone_from(&told.announce);
             tenant.weight = told.weight;
             tenant.is_direct = AtomicBool::new(told.is_direct(config));
             Arc::new(tenant)
@@ -135,6 +142,7 @@ impl Tenant {
             weight: 1,
             is_direct: AtomicBool::new(config.direct),
             prefixes: Vec::new(),
+            announce: Vec::new(),
             limits: limits.clone(),
             total: Arc::new(Mutex::new(account)),
             complaints: Throttle::new(),
@@ -175,9 +183,21 @@ impl Tenant {
         Account::new(&limits).within(&self.total)
     }
 
-    /// Whether its clients' addresses are looked at: where all are allowed, nobody can take another's.
+    /// Whether its clients' addresses are looked at: where all are allowed and none is told to other hosts, nobody can
+    /// take another's.
     pub(crate) fn has_prefixes(&self) -> bool {
-        !self.prefixes.is_empty()
+        !self.prefixes.is_empty() || !self.announce.is_empty()
+    }
+
+    /// Whether an address is one namespace's alone.
+    pub(crate) fn guards(&self, gid: &Gid) -> bool {
+        !addresses::is_local(gid) && (!self.prefixes.is_empty() || self.announces(gid))
+    }
+
+    /// Whether other hosts are told of an address.
+    pub(crate) fn announces(&self, gid: &Gid) -> bool {
+        self.announce.iter().any(|prefix| prefix.contains(gid))
+            && config::is_for_hosts(Ipv6Addr::from(*gid).into())
     }
 
     /// Whether a client may have an address.
@@ -241,6 +261,30 @@ mod tests {
         // The router's descriptors are shared out.
         assert!(one.take(Resource::Descriptors, 500) && !other.take(Resource::Descriptors, 1));
         assert!(b.account().take(Resource::Descriptors, 500));
+    }
+
+    #[test]
+    fn only_what_is_to_be_announced_and_means_the_same_on_all_hosts_is() {
+        let gid = |text: &str| match text.parse::<std::net::IpAddr>().unwrap() {
+            std::net::IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+            std::net::IpAddr::V6(address) => address.octets(),
+        };
+        let all = &tenants("[directory]\nannounce = ['10.1.0.0/16', '::/0']\n")[0];
+        for (address, expected) in [
+            ("10.1.2.3", true),
+            ("fd00::1", true),
+            ("127.0.0.1", false),
+            ("169.254.1.1", false),
+            ("fe80::1", false),
+        ] {
+            assert_eq!(all.announces(&gid(address)), expected, "{address}");
+        }
+        let some = &tenants("[directory]\nannounce = ['10.1.0.0/16']\n")[0];
+        assert!(some.announces(&gid("10.1.2.3")) && some.guards(&gid("10.1.2.3")) && some.has_prefixes());
+        assert!(!some.announces(&gid("172.17.0.2")) && !some.guards(&gid("172.17.0.2")));
+        assert!(some.allows(&gid("172.17.0.2")), "but this host has it");
+        let none = &tenants("")[0];
+        assert!(!none.announces(&gid("10.1.2.3")));
     }
 
     #[test]

@@ -1,8 +1,15 @@
 //! `freeflow doctor`: whether the router's configuration means what its operator wants.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
-use router::config::Config;
+use router::{
+    config::{Config, DirectoryFile, Endpoint},
+    directory::Probe,
+};
 use verbs_abi::shm::lane::sleep_on_any;
 
 use super::{
@@ -10,6 +17,71 @@ use super::{
     router::SYSTEM_CONFIG,
     runtime::{Socket, default_directory},
 };
+
+/// What a configuration says of other hosts, if it does.
+pub(crate) fn directory(named: Option<&Path>) -> Option<Finding> {
+    let config = Config::load(named.unwrap_or(Path::new(SYSTEM_CONFIG))).ok()?;
+    let (links, told) = (config.links.as_ref()?, config.directory.as_ref()?);
+    if let Some(file) = &told.file {
+        return Some(match DirectoryFile::load(file, links.security) {
+            Ok(says) => Finding::pass(format!(
+                "{}: {} routers, {} routes",
+                file.display(),
+                says.routers.len(),
+                says.routes.len()
+            )),
+            Err(error) => Finding::fail(
+                format!("{:#}", anyhow::Error::from(error)),
+                "correct the file; it is the same on all hosts",
+            ),
+        });
+    }
+    let probe = match router::directory::probe(&config)? {
+        Ok(probe) => probe,
+        Err(trouble) => {
+            return Some(Finding::fail(
+                format!("no etcd answers: {trouble}"),
+                "check that it runs and can be reached, and directory.etcd, user and certificates",
+            ));
+        }
+    };
+    let Probe { place, revision, routers, addresses } = probe;
+    let found = format!("etcd at {place}: revision {revision}, {routers} routers, {addresses} addresses");
+    Some(match weakness(&config) {
+        Some((what, mend)) => Finding::warn(format!("{found}; {what}"), mend),
+        None => Finding::pass(found),
+    })
+}
+
+/// What works, and should not stay so.
+fn weakness(config: &Config) -> Option<(String, &'static str)> {
+    let told = config.directory.as_ref()?;
+    let published =
+        told.announce.len() + config.tenants.iter().map(|tenant| tenant.announce.len()).sum::<usize>();
+    if published == 0 {
+        return Some((
+            "this router publishes no address".to_owned(),
+            "write `announce = [\"10.244.0.0/16\"]` into [directory], or into each [[tenant]]",
+        ));
+    }
+    let file = told.password_file.as_ref()?;
+    let mode = fs::metadata(file).map(|data| data.permissions().mode()).unwrap_or(0);
+    if mode & 0o007 != 0 {
+        return Some((
+            format!("everybody on this host can read {}", file.display()),
+            "chmod 0600 the file; the router reads it as its own user",
+        ));
+    }
+    let open = |endpoint: &&Endpoint| {
+        !endpoint.is_secure && !["127.0.0.1", "::1", "localhost"].contains(&&*endpoint.host)
+    };
+    told.etcd.iter().find(open).map(|endpoint| {
+        (
+            format!("the password travels to {endpoint} in the open"),
+            "use https servers, with directory.authority",
+        )
+    })
+}
 
 /// Looks at the file that was named, or at the one that root's router reads.
 pub(crate) fn look(named: Option<&Path>, socket: &Socket) -> Finding {
@@ -87,6 +159,30 @@ mod tests {
             )
             .contains("Fail")
         );
+    }
+
+    #[test]
+    fn the_directory_is_looked_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, list) = (folder.path().join("router.toml"), folder.path().join("directory.toml"));
+        let look = |directory: &str| {
+            let links = "[links]\nname = 'a'\nlisten = '127.0.0.1:7471'\nsecurity = 'plain'\n";
+            fs::write(&path, format!("{links}[directory]\n{directory}")).unwrap();
+            format!("{:?}", directory_of(&path))
+        };
+        let in_file = format!("file = {list:?}\n");
+        assert!(look(&in_file).contains("Fail"), "it is not there");
+        fs::write(&list, "[routers]\na = '10.0.0.1:7471'\n").unwrap();
+        assert!(look(&in_file).contains("Pass") && look(&in_file).contains("1 routers"));
+        // Port 1 of this host: nobody listens there.
+        let away = look("etcd = ['http://127.0.0.1:1']\n");
+        assert!(away.contains("Fail") && away.contains("http://127.0.0.1:1"), "{away}");
+        fs::write(&path, "").unwrap();
+        assert!(directory(Some(&path)).is_none(), "this host is alone");
+    }
+
+    fn directory_of(path: &Path) -> Finding {
+        directory(Some(path)).unwrap()
     }
 
     #[test]

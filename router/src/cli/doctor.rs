@@ -67,7 +67,7 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
     // Namespaces are tried before libibverbs is loaded: no library may have started a thread by then.
     let namespaces = host::namespaces();
     let node = device_node(namespaces.level);
-    let findings = [
+    let mut findings = vec![
         ("install tree", install_tree(&tree)),
         ("device node", node),
         ("namespaces", namespaces),
@@ -81,6 +81,8 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
         ("memory limit", host::memory_limit()),
         ("privileges", host::privileges()),
     ];
+    let directory = configuration::directory(args.config.as_deref());
+    findings.extend(directory.map(|finding| ("directory", finding)));
     super::print(&report(&findings))?;
     let failed = findings.iter().any(|(_, finding)| finding.level == Level::Fail);
     Ok(if failed { ExitCode::from(failure::FAILED) } else { ExitCode::SUCCESS })

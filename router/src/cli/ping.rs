@@ -9,7 +9,7 @@ use std::{
 
 use router::{
     config::Prefix,
-    status::{Route, Status},
+    status::{Announcement, Directory, Route, Status},
 };
 
 use super::{Failure, runtime::Socket, status};
@@ -47,17 +47,46 @@ fn trace(status: &Status, tenant: &str, address: IpAddr, lines: &mut Vec<String>
         return true;
     }
     lines.push(format!("this host: no client of tenant {tenant} has {text}"));
+    let announced = |own: &&Announcement| own.tenant == tenant && own.address == text;
+    if let Some(own) = status.directory.own.iter().find(announced) {
+        lines.push(match own.state.as_str() {
+            "refused" => {
+                format!("directory: a client here has {text}, too, but router {} had it first", own.router)
+            }
+            state => format!("directory: a client here has had {text}; {state}"),
+        });
+    }
+    lines.extend(condition(&status.directory));
     let Some(route) = longest(&status.routes, tenant, address) else {
         lines.push(format!("directory: no route of tenant {tenant} holds {text}"));
         return false;
     };
     lines.push(format!("directory: {} is served by router {}", route.prefix, route.router));
     let Some(link) = status.links.iter().find(|link| link.router == route.router) else {
+        if route.router != status.directory.name {
+            lines.push(format!("router: {} is not in the directory now", route.router));
+            return false;
+        }
         lines.push("that is this router: nobody here has opened a device at that address yet".to_owned());
         return false;
     };
     lines.push(format!("link: {}, {} connections so far", link.state, link.connections));
     answers(&link.address, lines)
+}
+
+/// What is to be said of the directory, where it is not a file.
+fn condition(directory: &Directory) -> Option<String> {
+    let Directory { kind, place, state, trouble, revision, addresses, .. } = directory;
+    match (kind.as_str(), state.as_str()) {
+        ("etcd", "up") => {
+            Some(format!("directory: etcd at {place}, revision {revision}, {addresses} addresses"))
+        }
+        ("etcd", "lost") => {
+            Some(format!("directory: etcd at {place} is lost ({trouble}); what was known goes on"))
+        }
+        ("etcd", _) => Some(format!("directory: etcd at {place} has not answered yet")),
+        _ => None,
+    }
 }
 
 /// Whether somebody listens where the other router should.
@@ -109,8 +138,9 @@ mod tests {
         let link = Link { router: "b".to_owned(), address: "127.0.0.1:1".to_owned(), ..Link::default() };
         Status {
             clients: vec![own],
-            routes: vec![route("10.0.0.0/8", "a"), route("10.2.0.0/16", "b")],
+            routes: vec![route("10.0.0.0/8", "a"), route("10.2.0.0/16", "b"), route("10.4.0.1/32", "c")],
             links: vec![link],
+            directory: Directory { name: "a".to_owned(), ..Directory::default() },
             ..Status::default()
         }
     }
@@ -121,13 +151,27 @@ mod tests {
             ("10.1.0.1", true, "shared memory"),
             ("10.2.0.1", false, "127.0.0.1:1 does not answer"),
             ("10.3.0.1", false, "that is this router"),
+            ("10.4.0.1", false, "c is not in the directory now"),
             ("11.0.0.1", false, "no route"),
         ] {
             let mut lines = Vec::new();
             assert_eq!(trace(&status(), "blue", address.parse().unwrap(), &mut lines), reached);
             assert!(lines.last().unwrap().contains(word), "{address}: {lines:?}");
         }
+        let mut status = status();
+        let refused = Announcement {
+            tenant: "blue".to_owned(),
+            address: "10.2.0.1".to_owned(),
+            state: "refused".to_owned(),
+            router: "b".to_owned(),
+        };
+        (status.directory.kind, status.directory.state) = ("etcd".to_owned(), "lost".to_owned());
+        status.directory.own.push(refused);
         let mut lines = Vec::new();
-        assert!(!trace(&status(), "red", "10.1.0.1".parse().unwrap(), &mut lines), "{lines:?}");
+        trace(&status, "blue", "10.2.0.1".parse().unwrap(), &mut lines);
+        assert!(lines.iter().any(|line| line.contains("router b had it first")), "{lines:?}");
+        assert!(lines.iter().any(|line| line.contains("is lost")), "{lines:?}");
+        let mut lines = Vec::new();
+        assert!(!trace(&status, "red", "10.1.0.1".parse().unwrap(), &mut lines), "{lines:?}");
     }
 }

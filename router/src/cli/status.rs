@@ -3,7 +3,7 @@
 use std::{fmt::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
-use router::status::{Client, Lane, Link, Qp, Status};
+use router::status::{Announcement, Client, Directory, Lane, Link, Qp, Status};
 
 use super::{
     Failure,
@@ -47,6 +47,36 @@ pub(crate) fn ask(socket: &std::path::Path) -> anyhow::Result<Status> {
         Listener::Unreachable(error) => {
             Err(error).with_context(|| format!("cannot reach a router at {shown}"))
         }
+    }
+}
+
+/// What is to be said of the directory.
+fn directory(text: &mut String, directory: &Directory) {
+    if directory.kind.is_empty() {
+        return;
+    }
+    let place = if directory.place.is_empty() { String::new() } else { format!(" at {}", directory.place) };
+    let _ = write!(text, "\ndirectory: {}{place}, {}", directory.kind, directory.state);
+    if directory.kind != "file" {
+        let _ = write!(
+            text,
+            " for {}, revision {}, {} addresses",
+            duration(directory.since_seconds),
+            directory.revision,
+            directory.addresses
+        );
+    }
+    let _ = writeln!(text, ", {} other routers; this one is {}", directory.routers, directory.name);
+    if !directory.trouble.is_empty() {
+        let _ = writeln!(text, "  {}", printable(&directory.trouble));
+    }
+    let row = |own: &Announcement| {
+        let by = if own.router.is_empty() { "-".to_owned() } else { printable(&own.router) };
+        vec![own.tenant.clone(), own.address.clone(), own.state.clone(), by]
+    };
+    if !directory.own.is_empty() {
+        let rows = directory.own.iter().map(row).collect();
+        table(text, "announced", &["TENANT", "ADDRESS", "STATE", "ROUTER"], rows);
     }
 }
 
@@ -96,6 +126,7 @@ fn text(status: &Status) -> String {
     let links = status.links.iter().map(link_row).collect();
     let columns = ["ROUTER", "ADDRESS", "STATE", "TX BYTES", "RX BYTES", "CONNECTIONS"];
     table(&mut text, "links", &columns, links);
+    directory(&mut text, &status.directory);
     text
 }
 
@@ -220,6 +251,36 @@ mod tests {
         assert_eq!(duration(12), "12s");
         assert_eq!(duration(3720), "1h02m");
         assert_eq!(duration(2 * 86_400 + 3 * 3600), "2d03h");
+    }
+
+    #[test]
+    fn the_directory_is_told_of_with_what_is_announced_and_refused() {
+        assert!(!text(&Status::default()).contains("directory"));
+        let own = |address: &str, state: &str, router: &str| Announcement {
+            tenant: "blue".into(),
+            address: address.into(),
+            state: state.into(),
+            router: router.into(),
+        };
+        let directory = Directory {
+            kind: "etcd".into(),
+            name: "a".into(),
+            place: "http://10.0.0.5:2379".into(),
+            state: "lost".into(),
+            trouble: "it hung up".into(),
+            revision: 7,
+            routers: 2,
+            own: vec![own("10.1.0.1", "published", ""), own("10.1.0.2", "refused", "b")],
+            ..Directory::default()
+        };
+        let text = text(&Status { directory, ..Status::default() });
+        for words in
+            ["etcd at http://10.0.0.5:2379, lost for 0s, revision 7", "it hung up", "2 other routers"]
+        {
+            assert!(text.contains(words), "{text}");
+        }
+        let refused = text.lines().find(|line| line.contains("10.1.0.2")).unwrap();
+        assert!(refused.contains("refused") && refused.trim_end().ends_with('b'), "{text}");
     }
 
     #[test]

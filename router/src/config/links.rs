@@ -1,15 +1,11 @@
-//! `[links]` and `[directory]` of the configuration, and the directory's file.
+//! `[links]` of the configuration.
 
 use std::{
-    collections::BTreeMap,
-    fs,
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use serde::Deserialize;
-
-use super::{ConfigError, Prefix};
 
 /// How this router talks to those of other hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -19,6 +15,8 @@ pub struct Links {
     pub name: String,
     /// Where other routers connect to.
     pub listen: SocketAddr,
+    /// Where they reach it, if that is not where it listens: it listens on all addresses, or behind a translation.
+    pub address: Option<SocketAddr>,
     /// How the ends make sure of each other.
     pub security: Security,
     /// With TLS: the certificate of the authority that signs those of routers.
@@ -39,90 +37,49 @@ pub enum Security {
     Plain,
 }
 
-/// Where it is written which router serves an address.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Directory {
-    /// The file, the same on all hosts.
-    pub file: PathBuf,
-}
-
-/// What the directory's file says.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct DirectoryFile {
-    /// Where each router listens, by its name.
-    pub routers: BTreeMap<String, SocketAddr>,
-    /// Which router serves the addresses of a prefix. The longest prefix counts.
-    #[serde(rename = "route")]
-    pub routes: Vec<Route>,
-}
-
-/// Addresses that one router serves.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Route {
-    /// The addresses.
-    pub prefix: Prefix,
-    /// The router's name.
-    pub router: String,
-    /// Whose they are; where absent, those of the one tenant of a router without tenants.
-    #[serde(default = "default_tenant")]
-    pub tenant: String,
-}
-
-fn default_tenant() -> String {
-    "default".to_owned()
-}
-
 impl Links {
     /// The first value that cannot be.
     pub(super) fn fault(&self) -> Option<String> {
-        let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-        if self.name.is_empty() || self.name.len() > 253 || !self.name.chars().all(named) {
+        if !is_name(&self.name) {
             return Some(format!("links.name = {:?} is no name; use letters, digits, - . _", self.name));
         }
-        if self.security == Security::Plain && !is_private(self.listen.ip()) {
-            return Some(format!(
-                "links.listen = \"{}\" is no private address, and security = \"plain\" is for these alone",
-                self.listen
-            ));
+        let told = [("listen", Some(self.listen)), ("address", self.address)];
+        for (word, address) in told.into_iter().filter_map(|(word, address)| Some((word, address?))) {
+            if self.security == Security::Plain && !is_private(address.ip()) {
+                return Some(format!(
+                    "links.{word} = \"{address}\" is no private address, and security = \"plain\" is for these alone"
+                ));
+            }
         }
         None
     }
+
+    /// Where other routers reach this one.
+    #[must_use]
+    pub fn reached_at(&self) -> SocketAddr {
+        self.address.unwrap_or(self.listen)
+    }
+
+    /// Why this router cannot tell others where it is, if it cannot.
+    pub(super) fn fault_of_address(&self) -> Option<String> {
+        let address = self.reached_at();
+        let is_somewhere = !address.ip().to_canonical().is_unspecified() && address.port() != 0;
+        (!is_somewhere).then(|| {
+            format!(
+                "other routers cannot connect to {address}; write where they reach this one as links.address"
+            )
+        })
+    }
 }
 
-impl DirectoryFile {
-    /// Reads and checks it. `security` decides which addresses routers may have.
-    ///
-    /// # Errors
-    /// [`ConfigError`].
-    pub fn load(path: &Path, security: Security) -> Result<Self, ConfigError> {
-        let text =
-            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let file: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
-        match file.fault(security) {
-            Some(reason) => Err(ConfigError::Value { path: path.to_owned(), reason }),
-            None => Ok(file),
-        }
-    }
-
-    fn fault(&self, security: Security) -> Option<String> {
-        let exposed =
-            |(_, address): &(&String, &SocketAddr)| security == Security::Plain && !is_private(address.ip());
-        if let Some((name, address)) = self.routers.iter().find(exposed) {
-            return Some(format!(
-                "router {name} at {address} has no private address, and links.security is \"plain\""
-            ));
-        }
-        let lost = self.routes.iter().find(|route| !self.routers.contains_key(&route.router))?;
-        Some(format!("the route {} leads to {:?}, which is not among [routers]", lost.prefix, lost.router))
-    }
+/// Whether a router may be called so.
+pub(crate) fn is_name(name: &str) -> bool {
+    let named = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    (1..=253).contains(&name.len()) && name.chars().all(named)
 }
 
 /// Whether an address is reachable from inside a site alone.
-fn is_private(address: IpAddr) -> bool {
+pub(super) fn is_private(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => address.is_private() || address.is_loopback() || address.is_link_local(),
         IpAddr::V6(address) => match address.to_ipv4_mapped() {
@@ -135,27 +92,6 @@ fn is_private(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn file(text: &str) -> Result<(), String> {
-        let file: DirectoryFile = toml::from_str(text).map_err(|error| error.to_string())?;
-        file.fault(Security::Plain).map_or(Ok(()), Err)
-    }
-
-    #[test]
-    fn a_directory_that_cannot_be_is_refused_with_a_reason() {
-        let routers = "[routers]\na = '10.0.0.1:7471'\nb = '[fd00::2]:7471'\n";
-        let good = format!("{routers}[[route]]\nprefix = '10.1.0.0/16'\nrouter = 'a'\n");
-        assert_eq!(file(&good), Ok(()));
-        for (text, word) in [
-            (good.replace("router = 'a'", "router = 'c'"), "\"c\""),
-            (good.replace("10.0.0.1", "8.8.8.8"), "8.8.8.8"),
-            (good.replace("10.1.0.0/16", "10.1.0.1/16"), "10.1.0.0/16"),
-            (good.replace("prefix", "prefixes"), "prefixes"),
-        ] {
-            let message = file(&text).unwrap_err();
-            assert!(message.contains(word), "{text}: {message}");
-        }
-    }
 
     #[test]
     fn only_private_addresses_are_private() {

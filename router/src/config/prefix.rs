@@ -48,6 +48,20 @@ impl Prefix {
         self.bits
     }
 
+    /// Whether all addresses of the other lie inside.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        self.bits <= other.bits && other.first & mask(self.bits) == self.first
+    }
+
+    /// Whether it holds addresses that other hosts can reach, as far as its first and its last one tell.
+    pub(super) fn is_for_hosts(&self) -> bool {
+        let ends = [self.first, self.first | !mask(self.bits)];
+        // What is as wide as a family holds such addresses, whatever its ends are.
+        let is_wide = self.bits < 8 || self.first == 0xffff << 32 && self.bits == MAPPED;
+        ends.iter().any(|end| super::is_for_hosts(Ipv6Addr::from(*end).into())) || is_wide
+    }
+
     /// Whether any address lies inside both.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
@@ -142,6 +156,19 @@ mod tests {
         ] {
             assert_eq!(prefix(a).overlaps(&prefix(b)), overlap, "{a} {b}");
             assert_eq!(prefix(b).overlaps(&prefix(a)), overlap, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_covers_what_lies_inside_it_alone() {
+        for (a, b, covers) in [
+            ("10.0.0.0/8", "10.1.0.0/16", true),
+            ("10.1.0.0/16", "10.1.0.0/16", true),
+            ("10.1.0.0/16", "10.0.0.0/8", false),
+            ("10.1.0.0/16", "10.2.0.0/24", false),
+            ("::/0", "10.1.0.0/16", true),
+        ] {
+            assert_eq!(prefix(a).covers(&prefix(b)), covers, "{a} {b}");
         }
     }
 

@@ -22,6 +22,9 @@ pub struct Tenant {
     /// The addresses that its clients may have. With more than one tenant there must be some.
     #[serde(default)]
     pub prefixes: Vec<Prefix>,
+    /// Those of them that the directory in etcd is told of, for containers on other hosts; without any, none.
+    #[serde(default)]
+    pub announce: Vec<Prefix>,
     /// The loosest mode that its clients may have; each may ask for a stricter one.
     #[serde(default)]
     pub mode: Mode,
@@ -122,6 +125,14 @@ impl Tenant {
                 "tenant {name}: socket = {:?} is relative; write an absolute path",
                 self.socket
             ));
+        }
+        if let Some(prefix) = self.announce.iter().find(|prefix| !prefix.is_for_hosts()) {
+            return Some(format!("tenant {name}: announce: nobody on another host can reach {prefix}"));
+        }
+        let inside = |prefix: &Prefix| self.prefixes.iter().any(|own| own.covers(prefix));
+        if let Some(prefix) = self.announce.iter().find(|prefix| !self.prefixes.is_empty() && !inside(prefix))
+        {
+            return Some(format!("tenant {name}: announce: {prefix} is in none of the tenant's prefixes"));
         }
         if !(1..=1000).contains(&self.weight) {
             return Some(format!("tenant {name}: weight = {}; from 1 to 1000 are possible", self.weight));

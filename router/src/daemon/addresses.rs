@@ -7,6 +7,23 @@ use crate::session::Session;
 pub(super) const REFRESHED: usize = 64;
 
 impl Daemon {
+    /// Does what follows from what the directory has learnt.
+    pub(super) fn hear_directory(&mut self) {
+        let Some((directory, ..)) = &self.directory else { return };
+        let news = directory.take_news();
+        if news.routes {
+            self.terms.lane.with(engine::Fabric::reroute);
+        }
+        if !news.standings {
+            return;
+        }
+        let moved = |(id, session): (&u32, &mut Session)| Some((*id, session.resettle()?));
+        let moved: Vec<_> = self.sessions.iter_mut().filter_map(moved).collect();
+        for (id, place) in moved {
+            self.broker.open(id, place);
+        }
+    }
+
     /// Reads the addresses of a client and of its new peer again that were not read for a while. Where there is no
     /// peer, a datagram may go to anybody of the tenant: some of those are read whose turn it is.
     pub(super) fn refresh_gids(&mut self, id: u32, peer_qpn: u32) {

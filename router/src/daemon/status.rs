@@ -64,7 +64,9 @@ impl Daemon {
         status.listeners = self.listeners(sees);
         if tenant.sees_all && trusted {
             status.links = self.links.as_ref().map(Links::status).unwrap_or_default();
-            status.routes = self.links.as_ref().map(Links::routes).unwrap_or_default();
+            if let Some((directory, ..)) = &self.directory {
+                (status.routes, status.directory) = (directory.routes(), directory.status());
+            }
         }
         status
     }

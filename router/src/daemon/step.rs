@@ -5,7 +5,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{DOORS, Daemon, FAULTS, FIRST_SESSION};
+use super::{DIRECTORY, DOORS, Daemon, FAULTS, FIRST_SESSION};
 use crate::error::DaemonError;
 
 impl Daemon {
@@ -26,6 +26,7 @@ impl Daemon {
         for event in &events[..count] {
             match event.data.u64() {
                 FAULTS => self.drop_spoilt(),
+                DIRECTORY => self.hear_directory(),
                 door @ DOORS.. => self.accept((door - DOORS) as usize),
                 token if token >= u64::from(FIRST_SESSION) * 2 => self.attend(token, event.flags),
                 _ => {}

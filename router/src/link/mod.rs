@@ -39,7 +39,7 @@ use crate::{
     status,
 };
 use hello::Hello;
-pub(crate) use tls::Tls;
+pub(crate) use tls::{Tls, etcd_tls};
 use worker::Worker;
 use writer::{Progress, Writer};
 
@@ -49,7 +49,8 @@ pub(crate) struct Caller {
     calls: Mutex<BTreeSet<u32>>,
     /// Of the links that are up, by the peers' numbers.
     writers: RwLock<Vec<Option<Arc<Mutex<Writer>>>>>,
-    traffic: Vec<Traffic>,
+    /// By the peers' numbers; of those that have none yet, nothing was carried.
+    traffic: RwLock<Vec<Arc<Traffic>>>,
     wake: OwnedFd,
     /// Whether the thread was woken and has not looked yet.
     rung: AtomicBool,
@@ -57,11 +58,11 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
-    fn new(peers: usize) -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         Ok(Self {
             calls: Mutex::default(),
-            writers: RwLock::new(vec![None; peers]),
-            traffic: (0..peers).map(|_| Traffic::default()).collect(),
+            writers: RwLock::default(),
+            traffic: RwLock::default(),
             wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             rung: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -76,13 +77,35 @@ impl Caller {
             let Some(mut writer) = writer.as_ref().and_then(|writer| writer.try_lock()) else { return true };
             let mut sent = 0;
             let progress = writer.pump(|into| lane.take_packets(*peer, into), &mut sent);
-            self.traffic[*peer as usize].sent.fetch_add(sent, Ordering::Relaxed);
+            self.traffic(*peer).sent.fetch_add(sent, Ordering::Relaxed);
             !matches!(progress, Ok(Progress::Done))
         });
         if !peers.is_empty() {
             self.calls.lock().extend(peers);
             self.ring();
         }
+    }
+
+    /// What was carried to and from a router.
+    fn traffic(&self, peer: u32) -> Arc<Traffic> {
+        let at = peer as usize;
+        if let Some(traffic) = self.traffic.read().get(at) {
+            return Arc::clone(traffic);
+        }
+        let mut traffic = self.traffic.write();
+        while traffic.len() <= at {
+            traffic.push(Arc::default());
+        }
+        Arc::clone(&traffic[at])
+    }
+
+    /// Sets how a router is written to.
+    fn set_writer(&self, peer: u32, writer: Option<Arc<Mutex<Writer>>>) {
+        let (at, mut writers) = (peer as usize, self.writers.write());
+        if writers.len() <= at {
+            writers.resize(at + 1, None);
+        }
+        writers[at] = writer;
     }
 
     fn ring(&self) {
@@ -135,7 +158,7 @@ impl Links {
         };
         let listener = TcpListener::bind(config.listen)?;
         listener.set_nonblocking(true)?;
-        let caller = Arc::new(Caller::new(directory.peers.len())?);
+        let caller = Arc::new(Caller::new()?);
         lane.set_caller(Arc::clone(&caller));
         lane.with(|fabric| fabric.set_routing(Arc::clone(&directory) as Arc<_>));
         Ok(Self {
@@ -161,22 +184,20 @@ impl Links {
         self.caller.ring();
     }
 
-    /// What the directory says.
-    pub(crate) fn routes(&self) -> Vec<status::Route> {
-        self.directory.listed.clone()
-    }
-
     /// The other routers, and what the links to them carry.
     pub(crate) fn status(&self) -> Vec<status::Link> {
-        let peers = self.directory.peers.iter().zip(&self.caller.traffic);
-        let link = |(peer, traffic): (&Peer, &Traffic)| status::Link {
-            router: peer.name.clone(),
-            address: peer.address.to_string(),
-            state: if traffic.is_up.load(Ordering::Relaxed) { "up" } else { "down" }.to_owned(),
-            tx_bytes: traffic.sent.load(Ordering::Relaxed),
-            rx_bytes: traffic.received.load(Ordering::Relaxed),
-            connections: traffic.made.load(Ordering::Relaxed),
+        let link = |(peer, number): (Peer, u32)| {
+            let traffic = self.caller.traffic(number);
+            let is_up = traffic.is_up.load(Ordering::Relaxed);
+            (is_up || peer.address.is_some()).then(|| status::Link {
+                router: peer.name.to_string(),
+                address: peer.address.map_or(String::new(), |address| address.to_string()),
+                state: if is_up { "up" } else { "down" }.to_owned(),
+                tx_bytes: traffic.sent.load(Ordering::Relaxed),
+                rx_bytes: traffic.received.load(Ordering::Relaxed),
+                connections: traffic.made.load(Ordering::Relaxed),
+            })
         };
-        peers.map(link).collect()
+        self.directory.peers().into_iter().zip(0..).filter_map(link).collect()
     }
 }

@@ -8,7 +8,7 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     server::WebPkiClientVerifier,
-    version::TLS13,
+    version::{TLS12, TLS13},
 };
 
 use crate::config;
@@ -18,7 +18,7 @@ use crate::config;
 pub(crate) enum TlsError {
     #[error("cannot read {path}: {source}; `freeflow pki` makes such files")]
     File { path: String, source: rustls::pki_types::pem::Error },
-    #[error("the certificates of [links] do not serve: {0}")]
+    #[error("the certificates do not serve: {0}")]
     Use(#[from] rustls::Error),
     #[error("the authority of [links] does not serve: {0}")]
     Authority(#[from] rustls::server::VerifierBuilderError),
@@ -26,6 +26,8 @@ pub(crate) enum TlsError {
     Name(String),
     #[error("[links] lacks `{0}`, which security = \"tls\" needs")]
     Missing(&'static str),
+    #[error("[directory] lacks `authority`, which https needs")]
+    MissingOfDirectory,
 }
 
 /// The two sides of the handshake.
@@ -78,6 +80,23 @@ impl Tls {
     }
 }
 
+/// How the servers of an etcd are recognised, and what is shown to them.
+pub(crate) fn etcd_tls(directory: &config::Directory) -> Result<ClientConfig, TlsError> {
+    let authority = directory.authority.as_deref().ok_or(TlsError::MissingOfDirectory)?;
+    let mut roots = RootCertStore::empty();
+    for root in certificates(authority)? {
+        roots.add(root)?;
+    }
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(&[&TLS13, &TLS12])?
+        .with_root_certificates(roots);
+    let (Some(certificate), Some(key)) = (&directory.certificate, &directory.key) else {
+        return Ok(builder.with_no_client_auth());
+    };
+    let secret = PrivateKeyDer::from_pem_file(key).map_err(|source| unreadable(key, source))?;
+    Ok(builder.with_client_auth_cert(certificates(certificate)?, secret)?)
+}
+
 /// Whether the certificate of the other end, which the handshake has verified, carries this name.
 pub(super) fn is_named(connection: &Connection, name: &str) -> bool {
     let certificate = connection.peer_certificates().and_then(|chain| chain.first());
@@ -110,6 +129,7 @@ mod tests {
         Tls::load(&config::Links {
             name: name.to_owned(),
             listen: ([127, 0, 0, 1], 1).into(),
+            address: None,
             security: Security::Tls,
             authority: Some(directory.join("ca.pem")),
             certificate: Some(files.certificate),

@@ -66,6 +66,7 @@ pub(super) struct Worker {
     listener: TcpListener,
     connections: BTreeMap<u64, Connection>,
     next: u64,
+    /// By number, as far as there was anything to do with them.
     peers: Vec<Peer>,
     /// Routers that something is to be sent to.
     calls: BTreeSet<u32>,
@@ -91,7 +92,7 @@ impl Worker {
             listener,
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
-            peers: links.directory.peers.iter().map(|_| Peer::default()).collect(),
+            peers: Vec::new(),
             calls: BTreeSet::new(),
             called: Vec::new(),
             unread: BTreeSet::new(),
@@ -160,11 +161,14 @@ impl Worker {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, address)) = self.listener.accept() {
-            let strangers = self.connections.values().filter(|connection| connection.peer.is_none());
-            if strangers.count() >= STRANGERS {
-                self.complain(&address, &"too many connections of strangers");
-                return;
+        // Whoever floods this has no more than a share of the thread.
+        for _ in 0..STRANGERS {
+            let Ok((stream, address)) = self.listener.accept() else { return };
+            let mut strangers = self.connections.iter().filter(|(_, connection)| connection.peer.is_none());
+            let oldest = strangers.next().map(|(token, _)| *token);
+            // A router says who it is at once: who was silent for longest goes, so that a flood cannot shut others out.
+            if let Some(oldest) = oldest.filter(|_| strangers.count() + 1 >= STRANGERS) {
+                self.lose(oldest, &"too many connections of strangers");
             }
             let tls = self.tls.as_ref().map(Tls::accept).transpose();
             match tls.and_then(|tls| Connection::accepted(stream, self.hello.encode(), tls)) {
@@ -190,7 +194,7 @@ impl Worker {
 
     /// Something is to be sent to a router.
     fn answer(&mut self, number: u32) {
-        let Some(peer) = self.peers.get_mut(number as usize) else { return };
+        let peer = self.peer(number);
         if let Some(token) = peer.link {
             return self.pump(token);
         }
@@ -198,23 +202,40 @@ impl Worker {
         if peer.dialing.is_some() || peer.retry.is_some() {
             return;
         }
-        let router = &self.directory.peers[number as usize];
+        let Some(router) = self.directory.peer(number) else { return };
+        let Some(address) = router.address else {
+            return self.put_off(number, &"it is not in the directory");
+        };
         let tls = self.tls.as_ref().map(|tls| tls.dial(&router.name)).transpose();
-        match tls.and_then(|tls| Connection::dial(number, router.address, self.hello.encode(), tls)) {
+        match tls.and_then(|tls| Connection::dial(number, address, self.hello.encode(), tls)) {
             Ok(connection) => {
                 let token = self.add(connection);
-                self.peers[number as usize].dialing = token;
+                self.peer(number).dialing = token;
             }
             Err(error) => self.put_off(number, &error),
         }
     }
 
+    /// What is known of a router.
+    fn peer(&mut self, number: u32) -> &mut Peer {
+        let at = number as usize;
+        if self.peers.len() <= at {
+            self.peers.resize_with(at + 1, Peer::default);
+        }
+        &mut self.peers[at]
+    }
+
+    /// The name of a router.
+    fn name(&self, number: u32) -> Arc<str> {
+        self.directory.peer(number).map_or_else(|| "?".into(), |peer| peer.name)
+    }
+
     /// A router does not answer: it is called again after a pause.
     fn put_off(&mut self, number: u32, why: &dyn std::fmt::Display) {
-        let peer = &mut self.peers[number as usize];
+        let peer = self.peer(number);
         peer.pause = (peer.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         peer.retry = Some(Instant::now() + peer.pause);
-        self.complain(&self.directory.peers[number as usize].name, why);
+        self.complain(&self.name(number), why);
         self.change(|fabric| fabric.link_down(number, false));
     }
 
@@ -280,7 +301,7 @@ impl Worker {
             }
             Ok(())
         });
-        self.caller.traffic[number as usize].received.fetch_add(at as u64, Ordering::Relaxed);
+        self.caller.traffic(number).received.fetch_add(at as u64, Ordering::Relaxed);
         connection.consume(at);
         self.calls.extend(self.called.drain(..));
         taken
@@ -312,7 +333,7 @@ impl Worker {
     /// The number of the router that says hello, if it may be that.
     fn recognise(&self, token: u64, hello: &Hello) -> Result<u32, String> {
         let Some(connection) = self.connections.get(&token) else { return Err(String::new()) };
-        let number = self.directory.peer(&hello.name);
+        let number = self.directory.number(&hello.name);
         let number = number.ok_or_else(|| format!("{:?} is not in the directory", hello.name))?;
         if connection.peer.is_some_and(|expected| expected != number) {
             return Err(format!("another router answers, {:?}", hello.name));
@@ -324,10 +345,12 @@ impl Worker {
                 false => Err(format!("its certificate is not that of {}", hello.name)),
             };
         }
-        let expected = self.directory.peers[number as usize].address.ip().to_canonical();
+        let expected = self.directory.peer(number).and_then(|peer| peer.address);
+        let expected = expected.map(|address| address.ip().to_canonical());
         let remote = connection.remote().map(|remote| remote.ip().to_canonical());
-        if remote != Some(expected) {
-            return Err(format!("{} does not live there but at {expected}", hello.name));
+        if remote.is_none() || remote != expected {
+            let at = expected.map_or("nowhere".to_owned(), |address| address.to_string());
+            return Err(format!("{} does not live there but at {at}", hello.name));
         }
         Ok(number)
     }
@@ -337,9 +360,9 @@ impl Worker {
         let Some(dialed) = self.connections.get(&token).map(|connection| connection.dialed) else {
             return false;
         };
-        let peer = &self.peers[number as usize];
+        let (link, dialing) = (self.peer(number).link, self.peer(number).dialing);
         let first_name_is_ours = self.hello.name < hello.name;
-        let old = peer.link.and_then(|link| Some((link, self.connections.get(&link)?)));
+        let old = link.and_then(|link| Some((link, self.connections.get(&link)?)));
         if let Some((_, old)) = &old
             && old.dialed != dialed
             && old.since.elapsed() < YOUNG
@@ -348,24 +371,23 @@ impl Worker {
             self.lose(token, &"there is a link already");
             return false;
         }
-        if !dialed && first_name_is_ours && peer.dialing.is_some() {
+        if !dialed && first_name_is_ours && dialing.is_some() {
             self.lose(token, &"this router's own connection is on its way");
             return false;
         }
         let old = old.map(|(old, _)| old);
-        let dialing = peer.dialing.filter(|dialing| *dialing != token);
+        let dialing = dialing.filter(|dialing| *dialing != token);
         for other in old.into_iter().chain(dialing) {
             self.drop_connection(other);
         }
-        let peer = &mut self.peers[number as usize];
-        *peer = Peer { link: Some(token), ..Peer::default() };
+        *self.peer(number) = Peer { link: Some(token), ..Peer::default() };
         if let Some(connection) = self.connections.get_mut(&token) {
             (connection.stage, connection.peer) = (Stage::Up, Some(number));
-            self.caller.writers.write()[number as usize] = Some(Arc::clone(&connection.writer));
+            self.caller.set_writer(number, Some(Arc::clone(&connection.writer)));
         }
         let tenants = self.common_tenants(hello);
         self.change(|fabric| fabric.link_up(number, tenants));
-        let traffic = &self.caller.traffic[number as usize];
+        let traffic = self.caller.traffic(number);
         traffic.is_up.store(true, Ordering::Relaxed);
         traffic.made.fetch_add(1, Ordering::Relaxed);
         tracing::info!(router = hello.name, dialed, "link up");
@@ -393,7 +415,7 @@ impl Worker {
         };
         let progress = connection.writer.lock().pump(take, &mut sent);
         if let Some(number) = number {
-            self.caller.traffic[number as usize].sent.fetch_add(sent, Ordering::Relaxed);
+            self.caller.traffic(number).sent.fetch_add(sent, Ordering::Relaxed);
         }
         self.calls.extend(self.called.drain(..));
         match progress {
@@ -426,18 +448,18 @@ impl Worker {
             }
             return;
         };
-        let was_dialing = self.peers[number as usize].dialing == Some(token);
-        let was_link = self.peers[number as usize].link == Some(token);
+        let was_dialing = self.peer(number).dialing == Some(token);
+        let was_link = self.peer(number).link == Some(token);
         if was_dialing {
-            self.peers[number as usize].dialing = None;
-            if self.peers[number as usize].link.is_none() {
+            self.peer(number).dialing = None;
+            if self.peer(number).link.is_none() {
                 self.put_off(number, why);
             }
         } else if was_link {
-            self.peers[number as usize].link = None;
-            self.caller.writers.write()[number as usize] = None;
-            tracing::info!(router = self.directory.peers[number as usize].name, %why, "link lost");
-            self.caller.traffic[number as usize].is_up.store(false, Ordering::Relaxed);
+            self.peer(number).link = None;
+            self.caller.set_writer(number, None);
+            tracing::info!(router = %self.name(number), %why, "link lost");
+            self.caller.traffic(number).is_up.store(false, Ordering::Relaxed);
             self.change(|fabric| fabric.link_down(number, true));
         }
     }

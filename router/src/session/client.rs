@@ -261,6 +261,19 @@ impl Client {
         }
     }
 
+    /// Asks for its addresses again, since other hosts have given some back, or got some.
+    pub(super) fn resettle(&mut self, peer: &Peer) {
+        if self.gids.resettle(peer) {
+            let table = self.gids.table().to_vec();
+            self.lane.with(|fabric| fabric.set_gids(self.id, table));
+        }
+    }
+
+    /// Whether the directory has not said yet whether its addresses are this host's.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.gids.are_unsettled()
+    }
+
     /// Whether memory that is not shared can be reached.
     pub(super) fn reaches_process(&self) -> bool {
         self.process.is_some()

@@ -26,8 +26,12 @@ pub(super) struct Gids {
     client: u32,
     tenant: Arc<Tenant>,
     claims: Arc<Claims>,
+    /// Found, and inside the tenant's prefixes.
+    allowed: Vec<Gid>,
     /// Claimed, and to be given back.
     held: Vec<Gid>,
+    /// Allowed, and another's.
+    refused: Vec<Gid>,
     table: Vec<Gid>,
     namespace: Namespace,
     read_at: Instant,
@@ -41,7 +45,9 @@ impl Gids {
             client,
             tenant: Arc::clone(tenant),
             claims: Arc::clone(claims),
+            allowed: Vec::new(),
             held: Vec::new(),
+            refused: Vec::new(),
             table: addresses::loopback(),
             namespace: Namespace::Unknown { client },
             read_at: Instant::now(),
@@ -77,32 +83,48 @@ impl Gids {
         (self.read_at, self.pause) = (Instant::now(), PAUSE.max(start.elapsed() * SHARE));
         let Some((wanted, namespace)) = found else { return false };
         let has_moved = std::mem::replace(&mut self.namespace, namespace) != namespace;
-        let table = if self.tenant.has_prefixes() {
-            let by = Claimant { tenant: self.tenant.index, namespace };
-            self.grant(&wanted, by, peer.pid)
-        } else {
-            wanted
-        };
+        let table = if self.tenant.has_prefixes() { self.grant(wanted, peer.pid) } else { wanted };
         let is_changed = has_moved || table != self.table;
         self.table = table;
         is_changed
     }
 
+    /// Asks again for what was found before: other hosts have given an address back, or got one. True: the table is
+    /// another.
+    pub(super) fn resettle(&mut self, peer: &Peer) -> bool {
+        if self.held.is_empty() {
+            return false;
+        }
+        let table = self.grant(self.allowed.clone(), peer.pid);
+        let is_changed = table != self.table;
+        self.table = table;
+        is_changed
+    }
+
+    /// Whether the directory has not said yet whether all of them are this host's.
+    pub(super) fn are_unsettled(&self) -> bool {
+        self.claims.are_unsettled(self.tenant.index, &self.held)
+    }
+
     /// Those of the addresses that the client may have.
-    fn grant(&mut self, wanted: &[Gid], by: Claimant, pid: u32) -> Vec<Gid> {
-        let (allowed, foreign): (Vec<Gid>, Vec<Gid>) = wanted.iter().partition(|gid| self.tenant.allows(gid));
-        let table = self.claims.settle(self.client, by, &allowed, &self.held);
+    fn grant(&mut self, wanted: Vec<Gid>, pid: u32) -> Vec<Gid> {
+        let by = Claimant { tenant: self.tenant.index, namespace: self.namespace };
+        let (allowed, foreign): (Vec<Gid>, Vec<Gid>) =
+            wanted.into_iter().partition(|gid| self.tenant.allows(gid));
+        let settled = self.claims.settle(self.client, by, &self.tenant, &allowed, &self.held);
         for gid in foreign.iter().filter(|gid| !addresses::is_local(gid)) {
             let why = format!("{} is in none of the tenant's prefixes", addresses::text(gid));
             self.tenant.complain("an address was not granted", pid, &why);
         }
-        for gid in allowed.iter().filter(|gid| !table.contains(gid)) {
-            let why = format!("{} is in use by another network namespace", addresses::text(gid));
+        // Said once, until it changes.
+        for (gid, why) in settled.refused.iter().filter(|(gid, _)| !self.refused.contains(gid)) {
+            let why = format!("{}: {why}", addresses::text(gid));
             self.tenant.complain("an address was not granted", pid, &why);
         }
-        self.held.clone_from(&table);
+        self.refused = settled.refused.into_iter().map(|(gid, _)| gid).collect();
+        (self.held, self.allowed) = (settled.held, allowed);
         // Index 0 is always valid, if only for the namespace itself.
-        if table.is_empty() { addresses::loopback() } else { table }
+        if settled.granted.is_empty() { addresses::loopback() } else { settled.granted }
     }
 }
 

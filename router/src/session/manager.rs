@@ -70,6 +70,11 @@ impl CmClient {
         self.gids.refresh(peer, age).then(|| self.place())
     }
 
+    /// Where it lives, if other hosts have given some of its addresses back, or got some.
+    pub(super) fn resettled(&mut self, peer: &Peer) -> Option<Place> {
+        self.gids.resettle(peer).then(|| self.place())
+    }
+
     /// A new channel, whose event counter came with the request.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use std::{
 };
 
 use cm::Place;
-use verbs_abi::proto::{Endpoint, ProtoError, Reply, Request, cm::CmRequest};
+use verbs_abi::proto::{Answer, Endpoint, ProtoError, Reply, Request, Welcome, cm::CmRequest};
 
 use crate::{identity::Peer, tenant::Tenant};
 
@@ -32,6 +32,8 @@ pub(crate) use manager::CmClient;
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long at most, where that peer makes progress on a busy machine.
 const MOST_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a device is not open because the directory has not said whether its addresses are this host's.
+const SETTLEMENT: Duration = Duration::from_secs(1);
 /// How often a put-off reply is looked at in that time.
 const SOON: Duration = Duration::from_millis(1);
 /// How often it is looked at afterwards, when it waits for page faults of the client's own.
@@ -77,8 +79,20 @@ pub(crate) enum Step {
     Done(Reply),
     /// A direct connection: the peer, and its receive CQ, whose descriptors only the daemon can find.
     Direct(verbs_abi::proto::DirectPeer, u32),
+    /// The device is open.
+    Welcome(Welcome),
     /// Ask again soon.
     Later,
+}
+
+/// A welcome that is put off: the directory was asked for the client's addresses, and a program reads them when its device
+/// is open.
+#[derive(Debug)]
+struct Greeting {
+    welcome: Welcome,
+    since: Instant,
+    /// When to look again.
+    next: Instant,
 }
 
 /// A request whose reply is put off.
@@ -103,6 +117,8 @@ pub(crate) struct Session {
     manager: Option<CmClient>,
     /// A request whose reply is put off.
     pending: Option<Pending>,
+    /// A welcome that is put off.
+    greeting: Option<Greeting>,
 }
 
 impl Session {
@@ -110,7 +126,15 @@ impl Session {
     pub(crate) fn new(socket: OwnedFd, tenant: &Arc<Tenant>) -> io::Result<Self> {
         let peer = Peer::of(&socket)?;
         let tenant = Arc::clone(tenant);
-        Ok(Self { endpoint: Endpoint::new(socket), peer, tenant, client: None, manager: None, pending: None })
+        Ok(Self {
+            endpoint: Endpoint::new(socket),
+            peer,
+            tenant,
+            client: None,
+            manager: None,
+            pending: None,
+            greeting: None,
+        })
     }
 
     /// By whose socket it came.
@@ -201,16 +225,48 @@ impl Session {
         }
     }
 
-    /// Opens the device and answers.
-    pub(crate) fn hello(&mut self, terms: &Terms, hello: Hello) -> Result<(), Parting> {
-        match Client::open(terms, &self.tenant, &self.peer, hello) {
-            Ok((client, welcome)) => {
-                let sent = self.send(&Ok(verbs_abi::proto::Answer::Hello(welcome)), &client.welcome_files());
-                self.client = Some(client);
-                sent
-            }
-            Err(errno) => self.send(&Err(errno), &[]),
+    /// Opens the device. [`Step::Later`]: call [`Self::resume`] soon.
+    pub(crate) fn hello(&mut self, terms: &Terms, hello: Hello) -> Step {
+        let (client, welcome) = match Client::open(terms, &self.tenant, &self.peer, hello) {
+            Ok(opened) => opened,
+            Err(errno) => return Step::Done(Err(errno)),
+        };
+        let is_unsettled = client.is_unsettled();
+        self.client = Some(client);
+        if !is_unsettled {
+            return Step::Welcome(welcome);
         }
+        let now = Instant::now();
+        self.greeting = Some(Greeting { welcome, since: now, next: now + SOON });
+        Step::Later
+    }
+
+    /// Looks whether a welcome that was put off can be said.
+    fn greet(&mut self) -> Option<Step> {
+        let mut greeting = self.greeting.take()?;
+        let (client, now) = (self.client.as_mut()?, Instant::now());
+        if now < greeting.next || client.is_unsettled() && greeting.since.elapsed() < SETTLEMENT {
+            greeting.next = greeting.next.max(now + SOON);
+            self.greeting = Some(greeting);
+            return Some(Step::Later);
+        }
+        client.resettle(&self.peer);
+        Some(Step::Welcome(greeting.welcome))
+    }
+
+    /// Says that the device is open.
+    pub(crate) fn welcome(&self, welcome: Welcome) -> Result<(), Parting> {
+        let Some(client) = &self.client else { return Ok(()) };
+        self.send(&Ok(Answer::Hello(welcome)), &client.welcome_files())
+    }
+
+    /// Has its addresses asked for again, since other hosts have given some back, or got some. Where the user of the
+    /// connection manager lives, if that is elsewhere now.
+    pub(crate) fn resettle(&mut self) -> Option<Place> {
+        if let Some(client) = &mut self.client {
+            client.resettle(&self.peer);
+        }
+        self.manager.as_mut()?.resettled(&self.peer)
     }
 
     /// Takes a request of an opened device a step further. [`Step::Later`]: call [`Self::resume`] soon.
@@ -228,13 +284,17 @@ impl Session {
 
     /// When to call [`Self::resume`], if a request was put off.
     pub(crate) fn next_look(&self) -> Option<Instant> {
-        self.pending.as_ref().map(|pending| pending.next)
+        let greeting = self.greeting.as_ref().map(|greeting| greeting.next);
+        greeting.or_else(|| self.pending.as_ref().map(|pending| pending.next))
     }
 
     /// Tries the request that was put off again, if it is time; others are waited for in bounded time, whatever they
     /// do, and the client's own page faults as long as they take. `is_at_work` tells of a client whether its process
     /// makes progress.
     pub(crate) fn resume(&mut self, is_at_work: impl Fn(u32) -> bool) -> Option<Step> {
+        if let Some(step) = self.greet() {
+            return Some(step);
+        }
         let now = Instant::now();
         let pending = self.pending.take()?;
         if now < pending.next {
