@@ -7,6 +7,8 @@
 use engine::wire::packet;
 use serde::{Deserialize, Serialize};
 
+use crate::config::MAX_TENANTS;
+
 const MAGIC: [u8; 8] = *b"FREEFLOW";
 const PREFIX: usize = 12;
 /// As many tenants as there may be, with the longest names.
@@ -32,6 +34,8 @@ pub(crate) enum BadHello {
     Version(u32),
     #[error("its words make no sense: {0}")]
     Words(#[from] serde_json::Error),
+    #[error("it has {0} tenants; a router has at most {MAX_TENANTS}")]
+    Tenants(usize),
 }
 
 impl Hello {
@@ -63,6 +67,9 @@ impl Hello {
         if hello.version != packet::VERSION {
             return Err(BadHello::Version(hello.version));
         }
+        if hello.tenants.len() > MAX_TENANTS {
+            return Err(BadHello::Tenants(hello.tenants.len()));
+        }
         Ok(Some((hello, PREFIX + length)))
     }
 }
@@ -88,6 +95,8 @@ mod tests {
         assert!(matches!(Hello::decode(b"GET / HTTP/1.1"), Err(BadHello::Stranger)));
         assert!(matches!(Hello::decode(b"FREEFLOW\xff\xff\xff\xff"), Err(BadHello::Stranger)));
         assert!(matches!(Hello::decode(b"FREEFLOW\x02\0\0\0{}"), Err(BadHello::Words(_))));
+        let many = Hello::new("a", &vec![String::new(); MAX_TENANTS + 1]);
+        assert!(matches!(Hello::decode(&many.encode()), Err(BadHello::Tenants(_))));
         let other = Hello { version: 99, ..Hello::new("a", &[]) };
         assert!(matches!(Hello::decode(&other.encode()), Err(BadHello::Version(99))));
     }
