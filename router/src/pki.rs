@@ -8,8 +8,8 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose,
 };
 
 /// Why no certificate was made.
@@ -82,7 +82,11 @@ pub fn issue(directory: &Path, name: &str) -> Result<Files, PkiError> {
     let signer = KeyPair::from_pem(&fs::read_to_string(&ca.key).map_err(at(&ca.key))?)?;
     let issuer = Issuer::new(authority_params(), signer);
     let mut params = CertificateParams::new([name.to_owned()])?;
-    params.distinguished_name.push(DnType::CommonName, name);
+    // No common name: nobody looks for one in a certificate that has alternative names, and etcd refuses, at its JSON gateway,
+    // whoever shows one.
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, "FreeFlow routers");
+    params.distinguished_name.push(DnType::OrganizationalUnitName, name);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
