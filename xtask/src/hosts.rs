@@ -4,7 +4,11 @@
 //! The routers talk over the cable (10.200.77.0/24); the containers have the addresses of their overlay (10.201.77.0/24,
 //! 10.202.77.0/24). The two routers number their tenants differently.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -19,6 +23,8 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(20);
 const PORT: u16 = 7471;
+/// The first overlay's addresses.
+const ANNOUNCED: &str = "\"10.201.77.0/24\", \"fd00:78::/64\"";
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +51,8 @@ pub struct Hosts {
     cable: NamespacePair,
     tenants: Vec<String>,
     secured: bool,
+    /// What stands under `[directory]`, if that is not a file.
+    registry: Option<String>,
     dir: TempDir,
 }
 
@@ -57,7 +65,7 @@ impl Hosts {
             .collect::<Result<_>>()?;
         let dir = TempDir::with_prefix("freeflow-")?;
         let tenants = tenants.iter().map(|&tenant| tenant.to_owned()).collect();
-        let hosts = Self { overlays, cable, tenants, secured: false, dir };
+        let hosts = Self { overlays, cable, tenants, secured: false, registry: None, dir };
         hosts.write_configurations()?;
         Ok(hosts)
     }
@@ -72,6 +80,19 @@ impl Hosts {
         self.secured = true;
         self.write_configurations()?;
         Ok(self)
+    }
+
+    /// The same hosts, whose directory is in an etcd: what the routers' configurations say of that. Each publishes the
+    /// addresses of the overlays.
+    pub fn with_registry(mut self, text: &str) -> Result<Self> {
+        self.registry = Some(text.to_owned());
+        self.write_configurations()?;
+        Ok(self)
+    }
+
+    /// A directory of these hosts' own, for files.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// What the configuration of a host says of security.
@@ -139,12 +160,14 @@ impl Hosts {
         fs::write(&directory, text)?;
         for side in [Side::Left, Side::Right] {
             let (name, address) = (side.name(), self.address(side));
-            let mut text = format!(
-                "[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\n{}\
-                 [directory]\nfile = \"{}\"\n",
-                self.security(side),
-                directory.display()
-            );
+            let security = self.security(side);
+            let mut text =
+                format!("[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\n{security}[directory]\n");
+            text += &match &self.registry {
+                None => format!("file = \"{}\"\n", directory.display()),
+                Some(registry) if self.tenants.is_empty() => format!("{registry}announce = [{ANNOUNCED}]\n"),
+                Some(registry) => registry.clone(),
+            };
             let mut tenants: Vec<String> = (0..self.tenants.len()).map(|i| self.tenant(side, i)).collect();
             if side == Side::Right {
                 tenants.reverse();
@@ -164,14 +187,19 @@ impl Hosts {
             .flat_map(|end| [format!("\"{}/32\"", end.address), format!("\"{}/128\"", end.address6)])
             .collect();
         let (name, socket) = (&self.tenants[tenant], self.tenant_socket(side, tenant));
+        let announce = match self.registry {
+            Some(_) => format!("announce = [{}]\n", prefixes.join(", ")),
+            None => String::new(),
+        };
         format!(
-            "[[tenant]]\nname = \"{name}\"\nsocket = \"{}\"\nprefixes = [{}]\n",
+            "[[tenant]]\nname = \"{name}\"\nsocket = \"{}\"\nprefixes = [{}]\n{announce}",
             socket.display(),
             prefixes.join(", ")
         )
     }
 
-    fn configuration(&self, side: Side) -> PathBuf {
+    /// The file with the configuration of a host's router.
+    pub fn configuration(&self, side: Side) -> PathBuf {
         self.dir.path().join(format!("{}.toml", side.name()))
     }
 

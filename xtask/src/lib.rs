@@ -9,6 +9,7 @@
 
 pub mod bed;
 pub mod conformance;
+pub mod etcd;
 pub mod figures;
 pub mod headers;
 pub mod hosts;

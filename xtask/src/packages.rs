@@ -58,6 +58,12 @@ pub(crate) const NAMESPACES: [Package; 2] = [
     package("util-linux", "nsenter", "running a program in a network namespace"),
 ];
 
+/// The directory of several hosts.
+pub(crate) const ETCD: [Package; 2] = [
+    package("etcd-server", "etcd", "the directory that several hosts share"),
+    package("etcd-client", "etcdctl", "looking at what stands in it"),
+];
+
 /// Kernel TCP, to compare with.
 pub(crate) const TCP: [Package; 1] =
     [package("iperf3", "iperf3", "the bandwidth of kernel TCP, to compare with")];
