@@ -72,14 +72,14 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         return Err(OpenError::Version { path: link.path().to_owned() });
     }
     let lane = LanePage::new(map(lane, PAGE, false)?);
-    let word = WakeWord::new(map(wake, PAGE, true)?);
     let known = "arena::is_known checks the length";
+    let words = WakeWord::all(&map(wake, PAGE, true)?).expect("a page has room for them");
     let doorbells = Doorbells::new(&arena).expect(known);
     let router_events = EventReader::new(&arena).expect(known);
     let counter = events.try_clone_to_owned().map_err(failure("copy the async descriptor"))?;
     let context = Arc::new(Context {
         mover: Mover::new(region).map_err(failure("move memory"))?,
-        bell: Arc::new(Bell::new(doorbells, lane, word, welcome.cores, health)),
+        bell: Arc::new(Bell::new(doorbells, lane, words, welcome.cores, health)),
         channels: Channels::default(),
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),

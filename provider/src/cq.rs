@@ -22,6 +22,8 @@ use crate::poll::Rings;
 
 /// Polls that find nothing before the thread steps aside.
 const IDLE_POLLS: u32 = 1024;
+/// The same before it lets a worker of the router run that waits for its processor.
+const SHORT_WAIT: u32 = 32;
 
 /// A CQ as C sees it: the public part first, room for what later releases append to it, and ours.
 #[repr(C)]
@@ -78,6 +80,8 @@ impl Cq {
     pub(crate) fn rest(&self, idle: u32) {
         if idle.is_multiple_of(IDLE_POLLS) {
             self.bell.step_aside();
+        } else if idle.is_multiple_of(SHORT_WAIT) {
+            self.bell.give_way();
         }
     }
 

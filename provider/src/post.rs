@@ -21,6 +21,9 @@ use crate::qp::{self, Qp};
 /// The send flags that a work request may have; they are the WQE's own.
 const SEND_FLAGS: u32 = (flag::FENCE | flag::SIGNALED | flag::SOLICITED | flag::INLINE) as u32;
 
+/// Outstanding sends from which on a QP streams.
+const STREAM: u64 = 4;
+
 /// The owner's end of a send queue.
 #[derive(Debug)]
 pub(crate) struct SendQueue {
@@ -94,6 +97,12 @@ impl SendQueue {
     pub(crate) fn check_room(&self, qp: &Qp) -> Result<(), Errno> {
         let outstanding = self.posted.wrapping_sub(qp.sq_freed.load(Ordering::Acquire));
         if outstanding < u64::from(qp.limits.cap.max_send_wr) { Ok(()) } else { Err(Errno::NOMEM) }
+    }
+
+    /// Whether so much waits for its completion that more is to come soon.
+    #[inline]
+    pub(crate) fn streams(&self, qp: &Qp) -> bool {
+        self.posted.wrapping_sub(qp.sq_freed.load(Ordering::Relaxed)) > STREAM
     }
 
     /// Begins to post: from here to [`Self::end`] this thread executes, if it may.
@@ -342,10 +351,10 @@ pub(crate) unsafe extern "C" fn send(
             queue.begin_posting(qp);
             // SAFETY: the application passes a list of work requests that ends in null.
             let result = unsafe { send_list(&mut queue, qp, &mut next) };
-            let must_ring = queue.end_posting(qp);
+            let (must_ring, streams) = (queue.end_posting(qp), queue.streams(qp));
             drop(queue);
             if must_ring {
-                qp.ring();
+                qp.ring(streams);
             }
             result
         });
@@ -378,10 +387,10 @@ pub(crate) fn one(
     fill(wqe);
     queue.begin_posting(qp);
     queue.post(qp);
-    let must_ring = queue.end_posting(qp);
+    let (must_ring, streams) = (queue.end_posting(qp), queue.streams(qp));
     drop(queue);
     if must_ring {
-        qp.ring();
+        qp.ring(streams);
     }
     Ok(())
 }
@@ -488,7 +497,7 @@ pub(crate) unsafe extern "C" fn recv(
             // Either the seat holder sees the new tail, or we see that it wants to be told.
             fence(Ordering::SeqCst);
             if qp.area.header.rq_ring_me().load(Ordering::Relaxed) != 0 {
-                qp.ring();
+                qp.ring(true);
             }
             result
         });

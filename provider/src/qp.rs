@@ -146,10 +146,10 @@ impl Qp {
         said
     }
 
-    /// Tells the router that there is something new.
+    /// Tells the router that there is something new. `streams`: and more to come soon.
     #[inline]
-    pub(crate) fn ring(&self) {
-        self.bell.ring(self.slot);
+    pub(crate) fn ring(&self, streams: bool) {
+        self.bell.ring(self.slot, streams);
     }
 
     /// The completions of one side, from their beginning.

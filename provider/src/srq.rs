@@ -369,7 +369,7 @@ pub(crate) unsafe extern "C" fn post_recv(
             // Either the router sees the new tail, or we see that it wants to be told.
             fence(Ordering::SeqCst);
             if srq.area.ring_me().load(Ordering::Relaxed) != 0 {
-                srq.bell.ring(srq.slot);
+                srq.bell.ring(srq.slot, true);
             }
             result
         });

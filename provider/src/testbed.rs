@@ -36,9 +36,9 @@ impl Bed {
         let arena = Window::heap(8 << 20);
         let health = Arc::new(Health::new().unwrap());
         let lane = LanePage::new(Window::heap(PAGE));
-        let word = WakeWord::new(Window::heap(PAGE));
+        let words = WakeWord::all(&Window::heap(PAGE)).unwrap();
         let doorbells = Doorbells::new(&arena).unwrap();
-        let bell = Arc::new(Bell::new(doorbells, lane, word, 64, Arc::clone(&health)));
+        let bell = Arc::new(Bell::new(doorbells, lane, words, 64, Arc::clone(&health)));
         Bed { arena, heap: Cell::new(arena::MR_TABLE), slots: Cell::new(0), bell, health }
     }
 

@@ -187,12 +187,12 @@ unsafe extern "C" fn complete(qp: *mut ibv_qp_ex) -> c_int {
     edge::status(|| {
         // SAFETY: the application calls it after `wr_start`, in the same thread.
         let (own, queue) = unsafe { locked(qp) };
-        let must_ring = queue.commit(own);
+        let (must_ring, streams) = (queue.commit(own), queue.streams(own));
         let error = queue.session.error.take();
         // SAFETY: the lock is held since `wr_start`, and `queue` is used no more.
         unsafe { own.send.release() };
         if must_ring {
-            own.ring();
+            own.ring(streams);
         }
         error.map_or(Ok(()), Err)
     })

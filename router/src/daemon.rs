@@ -114,7 +114,7 @@ impl Stopper {
     }
 }
 
-/// Tells the daemon that the lane's thread ended, even by a panic.
+/// Tells the daemon that a thread of the lane ended, even by a panic.
 struct LaneEnded(OwnedFd);
 
 impl Drop for LaneEnded {
@@ -238,8 +238,8 @@ impl Daemon {
         let set_up = |what| move |source: io::Error| DaemonError::SetUp { what, source };
         let signals = Signals::block().map_err(set_up("signals"))?;
         watch(&self.epoll, &signals, SIGNALS, epoll::EventFlags::IN).map_err(set_up("signals"))?;
-        let ended = self.lane_ended.try_clone().map(LaneEnded).map_err(set_up("the data path"))?;
-        let thread = self.terms.lane.start(ended).map_err(set_up("the data path"))?;
+        let ended = || self.lane_ended.try_clone().map(LaneEnded);
+        let threads = self.terms.lane.start(ended).map_err(set_up("the data path"))?;
         let links = self.links.as_mut().map_or(Ok(None), Links::start).map_err(set_up("links"))?;
         let directory = match &self.directory {
             Some((directory, links, config)) => {
@@ -261,14 +261,16 @@ impl Daemon {
                 tracing::error!("the thread of the directory panicked");
             }
         }
-        self.finish(thread);
+        self.finish(threads);
         result
     }
 
-    fn finish(&self, thread: JoinHandle<()>) {
+    fn finish(&self, threads: Vec<JoinHandle<()>>) {
         self.terms.lane.stop();
-        if thread.join().is_err() {
-            tracing::error!("the lane panicked");
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("the lane panicked");
+            }
         }
     }
 

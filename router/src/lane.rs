@@ -1,9 +1,13 @@
-//! The data path's thread, and the fabric it shares with the control thread.
+//! The data path's threads, and the fabric they share with the control thread.
 //!
 //! ```text
-//! awake:  lock, collect doorbells, run a few turns, unlock; again while there is work
-//! asleep: flag on the lane page, one more look, then sleep on the wake word until it changes or a timer is due
+//! at work:  lock, collect doorbells, run a few turns, unlock; again while there is work
+//! yielding: say so on the lane page, one more look, give the processor away; again for a while
+//! asleep:   say so, one more look, then sleep on the wake word until it changes or a timer is due
 //! ```
+//!
+//! One thread serves the lane where it has a core to itself; it spins where others yield. Where cores are few there is a
+//! *worker* on each, so that who rings on a core need only let the worker there run.
 //!
 //! Nothing a client does can stop a lane: it reads bits and words only, rings clients without waiting (`bell`), and
 //! leaves memory that may fault to the clients' helpers (`helper`).
@@ -23,8 +27,11 @@ use std::{
 
 use engine::{Access, Fabric};
 use parking_lot::{Mutex, MutexGuard};
-use rustix::time::{ClockId, clock_gettime};
-use verbs_abi::shm::lane::{self, LanePage, WakeWord};
+use rustix::{
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity, sched_yield},
+    time::{ClockId, clock_gettime},
+};
+use verbs_abi::shm::lane::{self, Doing, FEW_CORES, LanePage, MAX_WORKERS, WakeWord};
 
 use crate::{guard::Health, helper::WayBack, link::Caller, memory::ClientMemory, segment};
 
@@ -32,12 +39,14 @@ use crate::{guard::Health, helper::WayBack, link::Caller, memory::ClientMemory, 
 const TURNS: u32 = 16;
 /// How long a lane looks for work before it sleeps, where it has a core to itself.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long it looks on a crowded machine, once after each time it was woken: the answer to what it has just
-/// delivered comes at once or not at all.
-const LINGER: Duration = Duration::from_micros(2);
+/// How long a worker yields before it sleeps, where cores are few.
+const LINGER: Duration = Duration::from_micros(20);
+/// Looks in a row that found work, after which a worker says that it works: others need not see to it then.
+const BUSY: u32 = 2;
 /// Cores from which on a lane may spin. With fewer it would take the core of those it waits for.
 const CORES_TO_SPIN: usize = 4;
-/// Priority of the lane, where it is permitted: it runs at once when clients that spin ring it.
+/// Priority of a lane that has no core of its own, where it is permitted: it runs at once when clients that spin ring
+/// it. Not of a worker that yields: it would get the processor back from those it gives it to.
 const NICE: libc::c_int = -10;
 /// What the lane asks for at a time: who asks for little gets it sooner (Linux 6.12 and newer).
 const SHORT_TURN: Duration = Duration::from_micros(100);
@@ -56,6 +65,21 @@ struct Seat {
     arrivals: Receiver<Access>,
 }
 
+/// The words that the workers sleep on.
+type Words = [WakeWord; MAX_WORKERS];
+
+/// A thread that serves a lane.
+#[derive(Debug)]
+struct Worker {
+    index: usize,
+    /// Whether it stays on a core, and shares it.
+    stays: bool,
+    /// How long it looks for work before it sleeps.
+    patience: Duration,
+    /// What its words said before it looked for the last time.
+    seen: Vec<u32>,
+}
+
 /// A lane and its fabric.
 #[derive(Debug)]
 pub(crate) struct Lane {
@@ -64,10 +88,12 @@ pub(crate) struct Lane {
     waiters: AtomicUsize,
     page: LanePage,
     page_file: OwnedFd,
-    /// The router's own, where there are several tenants: none of them can hide it.
-    own_word: Option<WakeWord>,
-    /// One a tenant, and the file by which its clients wake this lane.
-    words: Vec<(WakeWord, OwnedFd)>,
+    /// The cores on which a worker stays; none: one worker goes where it is free.
+    cores: Vec<usize>,
+    /// The router's own, where there are several tenants: none of them can hide them.
+    own_words: Option<Words>,
+    /// Those of each tenant, and the file by which its clients wake the workers.
+    words: Vec<(Words, OwnedFd)>,
     /// Of all words.
     health: Arc<Health>,
     way_back: WayBack,
@@ -86,20 +112,21 @@ impl Lane {
         let health = Arc::<Health>::default();
         let wake_page = || segment::wake_page(&health);
         let words = (0..tenants.max(1)).map(|_| wake_page()).collect::<io::Result<Vec<_>>>()?;
-        let own_word = if tenants > 1 { Some(wake_page()?.0) } else { None };
-        if let Some(own) = &own_word {
+        let own_words = if tenants > 1 { Some(wake_page()?.0) } else { None };
+        if let Some([own, ..]) = &own_words {
             let unlike = own.seen().wrapping_add(1);
             lane::sleep_on_any([(own, unlike)].into_iter(), None)
                 .map_err(|_| io::Error::other("several tenants need Linux 5.16 or newer (futex_waitv)"))?;
         }
-        let own = own_word.as_ref().unwrap_or(&words[0].0);
+        let [own, ..] = own_words.as_ref().unwrap_or(&words[0].0);
         let (way_back, arrivals) = WayBack::new(page.clone(), own.clone());
         let lane = Self {
             seat: Mutex::new(Seat { fabric: Fabric::new(), arrivals }),
             waiters: AtomicUsize::new(0),
             page,
             page_file,
-            own_word,
+            cores: few_cores(),
+            own_words,
             words,
             health,
             way_back,
@@ -111,29 +138,47 @@ impl Lane {
         Ok(Arc::new(lane))
     }
 
-    /// Starts the thread. `ended` is dropped when it ends, for whatever reason.
-    pub(crate) fn start(self: &Arc<Self>, ended: impl Send + 'static) -> io::Result<JoinHandle<()>> {
-        let lane = Arc::clone(self);
-        thread::Builder::new().name("lane-0".to_owned()).spawn(move || {
-            let _ended = ended;
-            lane.serve();
-        })
+    /// Starts the threads. An `ended` is dropped when one of them ends, for whatever reason.
+    pub(crate) fn start<E: Send + 'static>(
+        self: &Arc<Self>,
+        mut ended: impl FnMut() -> io::Result<E>,
+    ) -> io::Result<Vec<JoinHandle<()>>> {
+        let start = |worker: usize| {
+            let (lane, ended) = (Arc::clone(self), ended()?);
+            thread::Builder::new().name(format!("lane-{worker}")).spawn(move || {
+                let _ended = ended;
+                lane.serve(worker);
+            })
+        };
+        (0..self.cores.len().max(1)).map(start).collect()
     }
 
-    /// Ends the thread soon.
+    /// Ends the threads soon.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        self.wake();
+        self.own_words().iter().for_each(WakeWord::wake);
+    }
+
+    fn own_words(&self) -> &Words {
+        self.own_words.as_ref().unwrap_or(&self.words[0].0)
     }
 
     fn wake(&self) {
-        self.own_word.as_ref().unwrap_or(&self.words[0].0).wake();
+        self.own_words()[0].wake();
     }
 
-    /// All words, and what they say now.
-    fn look_at_words(&self, seen: &mut Vec<u32>) {
+    /// The words that a worker sleeps on.
+    fn words_of(&self, worker: usize) -> impl Iterator<Item = &WakeWord> {
+        self.own_words
+            .iter()
+            .chain(self.words.iter().map(|(words, _)| words))
+            .map(move |words| &words[worker])
+    }
+
+    /// What these words say now.
+    fn look_at_words(&self, worker: usize, seen: &mut Vec<u32>) {
         seen.clear();
-        seen.extend(self.own_word.iter().chain(self.words.iter().map(|(word, _)| word)).map(WakeWord::seen));
+        seen.extend(self.words_of(worker).map(WakeWord::seen));
     }
 
     /// Does something to the fabric between two turns, and wakes the lane if something follows from it for the lane:
@@ -211,49 +256,80 @@ impl Lane {
         self.sleeps.load(Ordering::Relaxed)
     }
 
-    fn serve(&self) {
-        raise_priority();
-        let crowded = thread::available_parallelism().map_or(1, usize::from) < CORES_TO_SPIN;
-        let (mut busy_looks, mut idle_since) = (0_u32, None);
-        let (mut seen, mut told) = (Vec::new(), false);
+    fn serve(&self, index: usize) {
+        let mut worker = self.settle(index);
+        let (mut busy_looks, mut idle_since, mut told) = (0_u32, None, false);
+        self.page.set_doing(index, Doing::Work);
         while !self.stopping.load(Ordering::SeqCst) {
             let look = self.look();
             if look.worked {
                 (busy_looks, idle_since) = (busy_looks.saturating_add(1), None);
+                if busy_looks == BUSY {
+                    self.page.set_doing(index, Doing::Work);
+                }
                 continue;
             }
-            let patience = match (crowded, busy_looks) {
-                (false, _) => SPIN,
-                (true, 1) => LINGER,
-                (true, _) => Duration::ZERO,
-            };
+            busy_looks = 0;
+            let patience = worker.patience;
             if !patience.is_zero() && idle_since.get_or_insert_with(Instant::now).elapsed() < patience {
-                std::hint::spin_loop();
+                if worker.stays {
+                    self.give_way(index)
+                } else {
+                    std::hint::spin_loop()
+                }
                 continue;
             }
-            self.doze(&mut seen);
+            self.doze(&mut worker);
             if self.health.is_spoilt() && !std::mem::replace(&mut told, true) {
                 tracing::error!(
                     "a page by which clients wake the data path is gone; it looks around once a second; restart this router"
                 );
             }
-            (busy_looks, idle_since) = (0, None);
+            idle_since = None;
         }
     }
 
-    /// Says that the lane sleeps, looks once more, and sleeps if there is still nothing.
-    fn doze(&self, seen: &mut Vec<u32>) {
-        self.look_at_words(seen);
+    /// Makes the calling thread a worker: on its core, or where there is none for it where it is free.
+    fn settle(&self, index: usize) -> Worker {
+        let core = self.cores.get(index).copied().filter(|core| stay_on(*core));
+        match core {
+            Some(core) => self.page.set_worker_on(index, core),
+            None => raise_priority(),
+        }
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let patience = match core {
+            Some(_) => LINGER,
+            None if cores >= CORES_TO_SPIN => SPIN,
+            None => Duration::ZERO,
+        };
+        Worker { index, stays: core.is_some(), patience, seen: Vec::new() }
+    }
+
+    /// Lets whoever waits for this core run. Who rings sees on the lane page that it must let this worker run in turn.
+    fn give_way(&self, index: usize) {
+        if self.page.doing(index) == Doing::Yield {
+            // It has said so before its last look.
+            sched_yield();
+        } else {
+            self.page.set_doing(index, Doing::Yield);
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Says that the worker sleeps, looks once more, and sleeps if there is still nothing.
+    fn doze(&self, worker: &mut Worker) {
+        self.look_at_words(worker.index, &mut worker.seen);
         // Until it is known when it wakes, any timer is earlier.
         self.sleeps_until.store(u64::MAX, Ordering::SeqCst);
-        self.page.set_asleep(true);
+        self.page.set_doing(worker.index, Doing::Sleep);
         fence(Ordering::SeqCst);
         let look = self.look();
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
             self.sleeps_until.store(look.timer.unwrap_or(u64::MAX), Ordering::SeqCst);
-            self.sleep(seen, look.timer);
+            self.sleep(worker.index, &worker.seen, look.timer);
         }
-        self.page.set_asleep(false);
+        // One that yields is not at work until it has found some.
+        self.page.set_doing(worker.index, if worker.stays { Doing::Yield } else { Doing::Work });
     }
 
     /// One look by a thread that is not the lane's.
@@ -295,20 +371,35 @@ impl Lane {
         look
     }
 
-    /// Waits until a wake word is no longer what was seen, or `timer` is due.
-    fn sleep(&self, seen: &[u32], timer: Option<u64>) {
+    /// Waits until a wake word of a worker is no longer what was seen, or `timer` is due.
+    fn sleep(&self, worker: usize, seen: &[u32], timer: Option<u64>) {
         let timeout = timer.map(|timer| Duration::from_nanos(timer.saturating_sub(now())));
         if timeout == Some(Duration::ZERO) {
             return;
         }
         self.sleeps.fetch_add(1, Ordering::Relaxed);
-        if self.own_word.is_none() {
-            return self.words[0].0.sleep(seen[0], timeout);
+        if self.own_words.is_none() {
+            return self.words[0].0[worker].sleep(seen[0], timeout);
         }
-        let words = self.own_word.iter().chain(self.words.iter().map(|(word, _)| word));
         // That the kernel can do it was seen at the start.
-        let _ = lane::sleep_on_any(words.zip(seen.iter().copied()), timeout);
+        let _ = lane::sleep_on_any(self.words_of(worker).zip(seen.iter().copied()), timeout);
     }
+}
+
+/// The cores on which a worker stays: those that this program may use, where they are few.
+fn few_cores() -> Vec<usize> {
+    let Ok(allowed) = sched_getaffinity(None) else { return Vec::new() };
+    let cores = || (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core));
+    if cores().nth(FEW_CORES).is_some() { Vec::new() } else { cores().collect() }
+}
+
+/// Has the calling thread stay on a core. False: the kernel does not let it.
+fn stay_on(core: usize) -> bool {
+    let mut only = CpuSet::new();
+    only.set(core);
+    let stays = sched_setaffinity(None, &only).is_ok();
+    tracing::debug!(core, stays, "scheduling of a worker");
+    stays
 }
 
 /// Gives accesses to foreign memory to the helpers. True: one has come back already.
@@ -410,16 +501,17 @@ mod tests {
     fn sleeps_and_ends(tenants: u32) {
         let lane = Lane::new(tenants as usize).unwrap();
         let (sender, ended) = std::sync::mpsc::channel();
-        let thread = lane.start(Ended(sender)).unwrap();
-        slept(&lane, 1);
-        assert!(lane.page.is_asleep());
+        let threads = lane.start(|| Ok(Ended(sender.clone()))).unwrap();
+        assert_eq!(threads.len(), lane.cores.len().max(1));
+        asleep(&lane);
         for tenant in [0, tenants - 1] {
             let file = lane.wake_file(tenant).try_clone_to_owned().unwrap();
-            let client = WakeWord::new(Window::map(&file, 0, PAGE, true).unwrap());
-            for _ in 0..20 {
+            let words = WakeWord::all(&Window::map(&file, 0, PAGE, true).unwrap()).unwrap();
+            for word in words.iter().take(threads.len()).cycle().take(20) {
                 let before = lane.sleeps();
-                client.wake();
+                word.wake();
                 slept(&lane, before + 1);
+                asleep(&lane);
             }
         }
         let before = lane.sleeps();
@@ -428,8 +520,19 @@ mod tests {
         assert_eq!(lane.sleeps(), before, "it was woken for nothing");
         assert!(ended.try_recv().is_err());
         lane.stop();
-        thread.join().unwrap();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
         ended.recv().unwrap();
+    }
+
+    /// Waits until all workers sleep.
+    fn asleep(lane: &Lane) {
+        for _ in 0..500 {
+            if lane.page.is_asleep() && lane.sleeps() > 0 {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("a worker does not sleep");
     }
 
     #[test]
@@ -438,11 +541,11 @@ mod tests {
             let lane = Lane::new(tenants).unwrap();
             let (start, mut seen) = (now(), Vec::new());
             while now() < start + 20_000_000 {
-                lane.look_at_words(&mut seen);
-                lane.sleep(&seen, Some(start + 20_000_000));
+                lane.look_at_words(0, &mut seen);
+                lane.sleep(0, &seen, Some(start + 20_000_000));
             }
             let slept = lane.sleeps();
-            lane.sleep(&seen, Some(start));
+            lane.sleep(0, &seen, Some(start));
             assert_eq!(lane.sleeps(), slept, "a moment that has passed needs no sleep");
         }
     }

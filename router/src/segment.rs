@@ -8,7 +8,7 @@ use rustix::{
 };
 use verbs_abi::shm::{
     PAGE, Window,
-    lane::{LanePage, WakeWord},
+    lane::{LanePage, MAX_WORKERS, WakeWord},
 };
 
 use crate::guard::{self, Health};
@@ -31,11 +31,12 @@ pub(crate) fn lane_page() -> io::Result<(LanePage, OwnedFd)> {
     Ok((LanePage::new(window), file))
 }
 
-/// The word that a lane sleeps on, and a file by which clients wake it. Its memory concerns `health`.
-pub(crate) fn wake_page(health: &Arc<Health>) -> io::Result<(WakeWord, OwnedFd)> {
+/// The words that the workers of a lane sleep on, and a file by which clients wake them. Its memory concerns `health`.
+pub(crate) fn wake_page(health: &Arc<Health>) -> io::Result<([WakeWord; MAX_WORKERS], OwnedFd)> {
     let file = sealed(c"freeflow-wake", PAGE as u64)?;
     let window = guard::guarded(Window::map(&file, 0, PAGE, true)?, health);
-    Ok((WakeWord::new(window), file))
+    let words = WakeWord::all(&window).ok_or(io::ErrorKind::InvalidData)?;
+    Ok((words, file))
 }
 
 /// A file with `bytes` in it, read from its start.
@@ -60,6 +61,8 @@ fn plain(name: &CStr) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
+    use verbs_abi::shm::lane::Doing;
+
     use super::*;
 
     #[test]
@@ -75,7 +78,8 @@ mod tests {
         assert!(Window::map(&file, 0, PAGE, true).is_err());
         assert_eq!(rustix::io::pwrite(&file, &[1], 0), Err(Errno::PERM));
         let read_only = LanePage::new(Window::map(&file, 0, PAGE, false).unwrap());
-        page.set_asleep(true);
         assert!(read_only.is_asleep());
+        page.set_doing(0, Doing::Work);
+        assert!(!read_only.is_asleep());
     }
 }

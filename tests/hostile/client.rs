@@ -130,7 +130,7 @@ impl Client {
         let arena = Window::map(&files[0], 0, arena::ARENA_LEN, true)?;
         let memory = Window::map(&files[1], BASE, LEN, true)?;
         let doorbells = Doorbells::new(&arena).context("an arena without doorbells")?;
-        let wake = WakeWord::new(Window::map(&files[3], 0, PAGE, true)?);
+        let [wake, ..] = WakeWord::all(&Window::map(&files[3], 0, PAGE, true)?).context("no wake words")?;
         Ok(Self { endpoint, welcome, arena, files, memory, doorbells, wake })
     }
 
