@@ -29,6 +29,7 @@ pub(crate) mod kind {
     pub(crate) const REJECTED: u32 = 8;
     pub(crate) const ESTABLISHED: u32 = 9;
     pub(crate) const DISCONNECTED: u32 = 10;
+    pub(crate) const DEVICE_REMOVAL: u32 = 11;
 }
 
 /// `struct rdma_event_channel`.

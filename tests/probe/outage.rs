@@ -2,6 +2,7 @@
 
 use std::{
     io::Write,
+    net::{Ipv4Addr, SocketAddrV4},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -11,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
-    cm::{Channel, Id, errno},
+    cm::{Channel, Id, errno, kind},
     cq::status_name,
     pair::{End, Pair, SOON},
     qp::Send,
@@ -122,16 +123,41 @@ fn use_after_death(pair: Pair, idle: Pair) -> Result<()> {
     Ok(())
 }
 
-/// A thread sleeps in `rdma_get_cm_event` when the router dies: it hears so, and nothing hangs afterwards.
+/// A thread sleeps in `rdma_get_cm_event` when the router dies: each id that is bound to the device hears that it was
+/// removed, no other does, and all of them can be ended as always.
 pub(crate) fn survive_by_name() -> Result<()> {
-    let channel = Channel::new()?;
-    let id = Id::new(&channel)?;
+    let (channel, other) = (Channel::new()?, Channel::new()?);
+    let (unbound, listener) = (Id::new(&channel)?, Id::new(&channel)?);
+    listener.bind(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0))?;
+    listener.listen(1)?;
+    let resolved = Id::new(&channel)?;
+    resolved.resolve(SocketAddrV4::new(Ipv4Addr::LOCALHOST, listener.port()?))?;
+    channel.expect(kind::ADDR_RESOLVED)?;
     println!("READY");
     std::io::stdout().flush()?;
     let start = Instant::now();
-    let heard = channel.event().map(|_| ());
+    let first = channel.unacknowledged()?;
     ensure!(start.elapsed() < PATIENCE, "the sleeping thread heard of the router's death late");
-    ensure!(errno(&heard) == Some(libc::EIO), "it heard {heard:?}");
-    ensure!(errno(&id.listen(1)) == Some(libc::EIO), "a dead router listens");
-    Ok(())
+    ensure!(first.kind == kind::DEVICE_REMOVAL && first.is_of(&listener), "event {}", first.kind);
+    let second = channel.expect(kind::DEVICE_REMOVAL)?;
+    ensure!(second.is_of(&resolved), "the wrong id hears of the removal");
+    for channel in [&channel, &other] {
+        ensure!(channel.is_readable(NOTICE), "nothing wakes who waits for more");
+        let more = channel.event().map(|_| ());
+        ensure!(errno(&more) == Some(libc::EIO), "more is heard: {more:?}");
+    }
+    ensure!(errno(&unbound.listen(1)) == Some(libc::EIO), "a dead router listens");
+    // An id waits for its events to be acknowledged, also now.
+    let ended = thread::scope(|scope| {
+        let end = scope.spawn(|| listener.destroy());
+        thread::sleep(Duration::from_millis(100));
+        let waits = !end.is_finished();
+        first.acknowledge()?;
+        end.join().unwrap_or_else(|_| Err(anyhow!("it panicked")))?;
+        ensure!(waits, "an id went before its event was acknowledged");
+        anyhow::Ok(())
+    });
+    ended?;
+    resolved.destroy()?;
+    unbound.destroy()
 }

@@ -16,6 +16,7 @@ use verbs_abi::shm::LAYOUT_VERSION;
 
 use super::decode::{self, Shape, What, Written};
 use super::encode;
+use super::removal::Ids;
 use crate::abi::edge::Errno;
 use crate::context::OpenError;
 use crate::health::Health;
@@ -38,8 +39,14 @@ pub(crate) struct Manager {
     facts: Mutex<Facts>,
 }
 
-/// What is known of ids, by their numbers, with the channels that they are on.
-type Facts = HashMap<u32, (RawFd, Box<Known>)>;
+/// What the process knows of its ids.
+#[derive(Debug, Default)]
+struct Facts {
+    /// By their numbers, with the channels that they are on.
+    known: HashMap<u32, (RawFd, Box<Known>)>,
+    /// For the router's death.
+    ids: Ids,
+}
 
 /// The process's connection, made now if there is none. Whoever has it gives it back by [`registry::leave_manager`].
 pub(crate) fn adopt() -> Result<Arc<Manager>, Errno> {
@@ -99,7 +106,11 @@ impl Manager {
 
     /// What an event told of an id, if nothing has changed since.
     fn known<T>(&self, fd: RawFd, id: u32, find: impl Fn(&Known) -> Option<T>) -> Option<T> {
-        lock(&self.facts).get(&id).filter(|(channel, _)| *channel == fd).and_then(|(_, known)| find(known))
+        lock(&self.facts)
+            .known
+            .get(&id)
+            .filter(|(channel, _)| *channel == fd)
+            .and_then(|(_, known)| find(known))
     }
 
     /// What is known of an id's route.
@@ -120,19 +131,47 @@ impl Manager {
     }
 
     fn ask(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
-        let about = command.id();
         let mut facts = lock(&self.facts);
-        let mut answer = self.send(fd, command);
-        if let Some(id) = about {
-            facts.remove(&id);
+        if self.health.is_dead() {
+            return facts.ids.answer(fd, &command);
+        }
+        let mut answer = self.send(fd, command.clone());
+        if let Some(id) = command.id() {
+            facts.known.remove(&id);
         }
         if let Ok(CmAnswer::Event(Some(event))) = &mut answer {
             match event.known.take() {
-                Some(known) => facts.insert(event.id, (fd, known)),
-                None => facts.remove(&event.id),
+                Some(known) => facts.known.insert(event.id, (fd, known)),
+                None => facts.known.remove(&event.id),
             };
         }
-        answer
+        match answer {
+            Ok(answer) => {
+                facts.ids.note(fd, &command, &answer);
+                Ok(answer)
+            }
+            // It died just now.
+            Err(Errno::IO) => {
+                self.end(&mut facts);
+                facts.ids.answer(fd, &command)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The router is gone: the ids hear of it, and whoever waits for an event is woken. Asking for one more says so.
+    fn end(&self, facts: &mut Facts) {
+        if !self.health.mark_dead() {
+            return;
+        }
+        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
+        let told = facts.ids.remove_device();
+        for fd in lock(&self.channels).keys() {
+            // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
+            let counter = unsafe { BorrowedFd::borrow_raw(*fd) };
+            let events = told.iter().filter(|channel| *channel == fd).count() as u64;
+            let _ = rustix::io::write(counter, &(events + 1).to_ne_bytes());
+        }
     }
 
     fn send(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
@@ -149,7 +188,11 @@ impl Manager {
             self.health.check_owner()?;
             // SAFETY: the caller is using the descriptor, which therefore is open.
             let counter = unsafe { BorrowedFd::borrow_raw(fd) };
-            rustix::io::read(counter, &mut [0; 8])?;
+            if self.health.is_dead() {
+                take_count(counter);
+            } else {
+                rustix::io::read(counter, &mut [0; 8])?;
+            }
             match self.ask(fd, Command::NextEvent)? {
                 CmAnswer::Event(None) => {}
                 answer => return Ok(answer),
@@ -206,17 +249,17 @@ fn take_back(fd: RawFd, answer: &CmAnswer) {
     // SAFETY: the caller is using the descriptor, which therefore is open.
     let counter = unsafe { BorrowedFd::borrow_raw(fd) };
     for _ in 0..*revoked {
-        let mut count = [0; 8];
-        let taken = rustix::io::preadv2(
-            counter,
-            &mut [IoSliceMut::new(&mut count)],
-            u64::MAX,
-            ReadWriteFlags::NOWAIT,
-        );
-        if taken.is_err() {
+        if !take_count(counter) {
             break;
         }
     }
+}
+
+/// Takes a count if there is one.
+fn take_count(counter: BorrowedFd<'_>) -> bool {
+    let mut count = [0; 8];
+    let into = &mut [IoSliceMut::new(&mut count)];
+    rustix::io::preadv2(counter, into, u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
 }
 
 impl CommandChannel for Manager {
@@ -243,7 +286,11 @@ impl CommandChannel for Manager {
 
     fn event_channel_closed(&self, fd: RawFd) {
         let channel = lock(&self.channels).remove(&fd);
-        lock(&self.facts).retain(|_, (on, _)| *on != fd);
+        {
+            let mut facts = lock(&self.facts);
+            facts.known.retain(|_, (on, _)| *on != fd);
+            facts.ids.close_channel(fd);
+        }
         if let Some(channel) = channel.filter(|_| self.is_usable()) {
             let _ = self.link.release(&Request::Cm(CmRequest::CloseChannel { channel }));
         }
@@ -252,17 +299,8 @@ impl CommandChannel for Manager {
 }
 
 impl Mortal for Manager {
-    /// Wakes whoever waits for an event: there will be none, and asking says so.
     fn router_died(&self) {
-        if !self.health.mark_dead() {
-            return;
-        }
-        log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
-        for fd in lock(&self.channels).keys() {
-            // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
-            let counter = unsafe { BorrowedFd::borrow_raw(*fd) };
-            let _ = rustix::io::write(counter, &1_u64.to_ne_bytes());
-        }
+        self.end(&mut lock(&self.facts));
     }
 }
 

@@ -9,6 +9,7 @@ mod bytes;
 mod decode;
 mod encode;
 mod manager;
+mod removal;
 
 pub(crate) use manager::{Manager, adopt};
 
