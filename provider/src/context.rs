@@ -143,21 +143,30 @@ fn failure(what: &'static str) -> impl Fn(io::Error) -> OpenError {
 ///
 /// Only the GUID matters then, and must be the one that the device says when it is open.
 pub(crate) fn sysfs_before_open(file: &str) -> Option<String> {
-    static GUID: OnceLock<Option<[u8; 8]>> = OnceLock::new();
     if !gid::is_guid(file) {
         return None;
     }
-    let guid = GUID.get_or_init(|| {
+    guid_before_open().map(|guid| gid::guid_text(&guid))
+}
+
+/// The device's GUID while no device is open; `None` where no router answers.
+pub(crate) fn guid_before_open() -> Option<[u8; 8]> {
+    static GUID: OnceLock<Option<[u8; 8]>> = OnceLock::new();
+    *GUID.get_or_init(|| {
         let events = hooks::event_counter().ok()?;
         open("ff0", events.as_fd()).ok().map(|context| context.welcome.guid)
-    });
-    guid.map(|guid| gid::guid_text(&guid))
+    })
 }
 
 impl Context {
     /// `ibv_context.num_comp_vectors`.
     pub(crate) fn num_comp_vectors(&self) -> i32 {
         1
+    }
+
+    /// An entry of the GID table and the number of its interface.
+    pub(crate) fn gid(&self, index: usize) -> Option<([u8; 16], u32)> {
+        self.gids.query(&self.link, index)
     }
 
     /// The device's health.

@@ -18,6 +18,7 @@ use verbs_abi::ffi_private::CONTEXT_TO_SZ;
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::{self, Level, MAX_OPS, Op, PUBLIC_OPS};
 use crate::abi::library::{Verbs, public_context, verbs_context};
+use crate::announce;
 use crate::context::{self, Context, OpenError};
 use crate::hooks::{self, CommandChannel, registry};
 use crate::log;
@@ -32,9 +33,17 @@ static CONSTRUCTOR: extern "C" fn() = register;
 extern "C" fn register() {
     edge::value((), || match Verbs::loaded() {
         Ok(Some(verbs)) => {
-            let operations = OPERATIONS.get_or_init(|| DeviceOps::new(verbs.level));
-            // SAFETY: `operations` has the shape of this libibverbs' level and lives as long as the process.
-            unsafe { (verbs.register_driver)(ptr::from_ref(operations).cast()) };
+            let operations = ptr::from_ref(OPERATIONS.get_or_init(|| DeviceOps::new(verbs.level)));
+            match verbs.register_user_driver {
+                Some(register) => {
+                    let line = "this libibverbs lets providers announce devices: no import is rewritten";
+                    log::say(log::Level::Info, format_args!("{line}"));
+                    // SAFETY: as below, and the other table has the shape that comes with this function.
+                    unsafe { register(operations.cast(), (&raw const announce::USER_OPS).cast()) };
+                }
+                // SAFETY: `operations` has the shape of this libibverbs' level and lives as long as the process.
+                None => unsafe { (verbs.register_driver)(operations.cast()) },
+            }
         }
         Ok(None) => {}
         Err(error) => log::say(log::Level::Error, format_args!("{error}")),
@@ -91,7 +100,7 @@ impl DeviceOps {
 }
 
 /// The device number of `/dev/null`, of which our uverbs node is a clone: no kernel device has it.
-const NULL_DEVICE: (u32, u32) = (1, 3);
+pub(crate) const NULL_DEVICE: (u32, u32) = (1, 3);
 
 /// Whether a device of the sysfs tree is ours: named `ff` and a number, with a node that is a clone of `/dev/null`.
 unsafe extern "C" fn match_device(sysfs: *const u8) -> bool {
@@ -114,10 +123,15 @@ const DEVICE_SIZE: usize = 4096;
 
 unsafe extern "C" fn alloc_device(sysfs: *const u8) -> *mut c_void {
     edge::pointer(|| {
-        // SAFETY: as in `match_device`.
-        let path = unsafe { CStr::from_ptr(sysfs.add(layout::SYSFS_DEV_PATH).cast()) };
-        registry::add_directory(path.to_bytes());
-        hooks::arm(verbs().ok_or(Errno::NODEV)?);
+        let verbs = verbs().ok_or(Errno::NODEV)?;
+        if verbs.register_user_driver.is_some() {
+            registry::guard_forks();
+        } else {
+            // SAFETY: as in `match_device`.
+            let path = unsafe { CStr::from_ptr(sysfs.add(layout::SYSFS_DEV_PATH).cast()) };
+            registry::add_directory(path.to_bytes());
+            hooks::arm(verbs);
+        }
         // SAFETY: no preconditions.
         let device = unsafe { libc::calloc(1, DEVICE_SIZE) };
         if device.is_null() { Err(Errno::NOMEM) } else { Ok(device) }
@@ -153,7 +167,7 @@ impl AllocError {
     }
 }
 
-/// Opens the device. Owns `cmd_fd`, whatever it returns.
+/// Opens the device. Owns `cmd_fd`, whatever it returns; there is none if libibverbs knows that no kernel is behind it.
 unsafe extern "C" fn alloc_context(
     device: *mut ibv_device,
     cmd_fd: c_int,
@@ -161,7 +175,8 @@ unsafe extern "C" fn alloc_context(
 ) -> *mut c_void {
     edge::pointer(|| {
         // SAFETY: libibverbs passes a descriptor that it opened and hands over.
-        let cmd_fd = unsafe { OwnedFd::from_raw_fd(cmd_fd) };
+        let cmd_fd = (cmd_fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(cmd_fd) });
+        let cmd_fd = cmd_fd.map_or_else(command_descriptor, |node| forbid_commands(node))?;
         let verbs = verbs().ok_or(Errno::NODEV)?;
         // SAFETY: libibverbs passes one of its devices, whose name is a C string.
         let name = unsafe { CStr::from_ptr((*device).name.as_ptr()) }.to_string_lossy();
@@ -186,8 +201,15 @@ unsafe extern "C" fn import_context(device: *mut ibv_device, cmd_fd: c_int) -> *
         };
         context.health().check_owner()?;
         context.join();
-        // SAFETY: libibverbs passes one of its devices.
-        unsafe { wrap(verbs, device, cmd_fd, Arc::clone(&context), None) }.map_err(|error| {
+        // Where libibverbs has no op for it, it asks for the async descriptor by the `ioctl` that is caught.
+        let announced = verbs.register_user_driver.is_some();
+        let events = announced.then(|| context.async_descriptor()).transpose();
+        let context_of = |events| {
+            // SAFETY: libibverbs passes one of its devices.
+            unsafe { wrap(verbs, device, cmd_fd, Arc::clone(&context), events) }
+        };
+        let system = |errno| AllocError::System { what: "copy the async descriptor", errno };
+        events.map_err(system).and_then(context_of).map_err(|error| {
             context.leave();
             report(format_args!("cannot import a context: {error}"));
             error.errno()
@@ -218,13 +240,12 @@ struct Extension {
 unsafe fn open(
     verbs: &Verbs,
     device: *mut ibv_device,
-    mut cmd_fd: OwnedFd,
+    cmd_fd: OwnedFd,
     name: &str,
 ) -> Result<*mut c_void, AllocError> {
     let system = |what| move |errno| AllocError::System { what, errno };
     let events = hooks::event_counter().map_err(system("make the async descriptor"))?;
     let context = context::open(name, events.as_fd())?;
-    forbid_commands(&mut cmd_fd).map_err(system("open /dev/null for reading"))?;
     // SAFETY: the caller's promise.
     let raw = unsafe { wrap(verbs, device, cmd_fd, context, Some(events)) }?;
     let (level, comp_mask) = (verbs.level, verbs.qp_comp_mask);
@@ -292,9 +313,14 @@ const DRIVER_UNKNOWN: u32 = 0;
 
 /// Makes every command fail that libibverbs writes to the descriptor past our hooks. On the `/dev/null` clone that
 /// it opened it would seem to succeed, with whatever was on the stack as its reply.
-fn forbid_commands(cmd_fd: &mut OwnedFd) -> Result<(), Errno> {
-    let null = rustix::fs::open(c"/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::io::dup3(&null, cmd_fd, DupFlags::CLOEXEC)
+fn forbid_commands(mut cmd_fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::io::dup3(&command_descriptor()?, &mut cmd_fd, DupFlags::CLOEXEC)?;
+    Ok(cmd_fd)
+}
+
+/// A descriptor that takes no command.
+fn command_descriptor() -> Result<OwnedFd, Errno> {
+    rustix::fs::open(c"/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Whether the public context is where the level says: three words that libibverbs has set must be there.
@@ -410,8 +436,8 @@ mod tests {
 
     #[test]
     fn an_unhooked_command_fails_instead_of_seeming_to_succeed() {
-        let mut node = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).unwrap();
-        forbid_commands(&mut node).unwrap();
+        let node = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).unwrap();
+        let node = forbid_commands(node).unwrap();
         assert_eq!(rustix::io::write(&node, b"command"), Err(Errno::BADF));
     }
 }

@@ -5,7 +5,7 @@
 //! by entry.
 
 use std::collections::HashMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,24 +32,31 @@ impl GidTable {
         }
         let file = file.strip_prefix("ports/1/")?;
         if let Some(index) = file.strip_prefix("gids/") {
-            let gid = self.entry(link, index)?;
+            let gid = self.entry(link, index.parse().ok()?)?;
             return Some(format!("{}\n", colons(&gid)));
         }
         if let Some(index) = file.strip_prefix("gid_attrs/types/") {
             // Said of empty entries, too: a kernel fails there, which some programs take for RoCE v1.
-            self.entry(link, index)?;
+            self.entry(link, index.parse().ok()?)?;
             return Some("RoCE v2\n".to_owned());
         }
         if let Some(index) = file.strip_prefix("gid_attrs/ndevs/") {
-            let gid = ids::Gid(self.entry(link, index)?);
-            let name = interfaces().remove(&gid.ip());
-            return (!gid.is_unspecified()).then(|| format!("{}\n", name.as_deref().unwrap_or("lo")));
+            let interface = interface_of(&ids::Gid(self.entry(link, index.parse().ok()?)?))?;
+            return Some(format!("{interface}\n"));
         }
         (file == "pkeys/0").then(|| "0xffff\n".to_owned())
     }
 
-    fn entry(&self, link: &RouterLink, index: &str) -> Option<Gid> {
-        let index = index.parse::<usize>().ok().filter(|&index| index < TABLE_LEN)?;
+    /// An entry of the table and the number of its interface, 0 for an empty entry; `None` beyond the table.
+    pub(crate) fn query(&self, link: &RouterLink, index: usize) -> Option<(Gid, u32)> {
+        let gid = self.entry(link, index)?;
+        Some((gid, interface_of(&ids::Gid(gid)).map_or(0, |name| interface_number(&name))))
+    }
+
+    fn entry(&self, link: &RouterLink, index: usize) -> Option<Gid> {
+        if index >= TABLE_LEN {
+            return None;
+        }
         let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if cache.as_ref().is_none_or(|(told, _)| told.elapsed() >= FRESH)
             && let Ok((Answer::Gids(gids), _)) = link.ask(&Request::Gids, &[])
@@ -77,6 +84,21 @@ fn colons(bytes: &[u8]) -> String {
     let groups =
         bytes.chunks(2).map(|pair| pair.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     groups.collect::<Vec<_>>().join(":")
+}
+
+/// The interface that has a GID's address; none for that of an empty entry.
+fn interface_of(gid: &ids::Gid) -> Option<String> {
+    if gid.is_unspecified() {
+        return None;
+    }
+    Some(interfaces().remove(&gid.ip()).unwrap_or_else(|| "lo".to_owned()))
+}
+
+/// The number of an interface; 0 if it is gone.
+fn interface_number(name: &str) -> u32 {
+    let Ok(name) = CString::new(name) else { return 0 };
+    // SAFETY: a C string.
+    unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
 /// The interface of each address of this network namespace.

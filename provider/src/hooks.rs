@@ -17,7 +17,7 @@
 //!
 //! The hooks are armed when libibverbs allocates the first of our devices: a process with none is left alone.
 
-mod rdmacm;
+pub(crate) mod rdmacm;
 pub(crate) mod registry;
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
@@ -214,7 +214,7 @@ unsafe fn command(
     Ok(length as isize)
 }
 
-fn create_comp_channel(device: &Arc<dyn CommandChannel>) -> Result<RawFd, Errno> {
+pub(crate) fn create_comp_channel(device: &Arc<dyn CommandChannel>) -> Result<RawFd, Errno> {
     let channel = event_counter()?;
     device.comp_channel_created(channel.as_raw_fd())?;
     registry::enter(channel.as_raw_fd(), Role::Completion, device);
@@ -274,7 +274,7 @@ pub(crate) fn event_counter() -> Result<OwnedFd, Errno> {
 }
 
 /// `read(2)` as libibverbs calls it.
-unsafe extern "C" fn hooked_read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
+pub(crate) unsafe extern "C" fn hooked_read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
     match registry::look_up(fd) {
         Some((role @ (Role::Completion | Role::Async), owner)) => edge::syscall(|| {
             let Owner::Live(device) = owner else { return Err(Errno::IO) };
@@ -332,7 +332,7 @@ fn take_count(fd: RawFd) -> Result<(), Errno> {
 }
 
 /// `close(2)` as libibverbs calls it.
-unsafe extern "C" fn hooked_close(fd: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hooked_close(fd: c_int) -> c_int {
     // Taken out before it is closed: the number may be another's in the next moment.
     if let Some((Role::Completion, Owner::Live(device))) = registry::remove(fd) {
         edge::keeping_errno(|| edge::value((), || device.comp_channel_closed(fd)));

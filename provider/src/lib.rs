@@ -2,11 +2,12 @@
 //!
 //! libibverbs loads this library, [`device`] registers a driver with it in the private ABI of its release
 //! ([`abi`]), and [`hooks`] catches the few calls that libibverbs makes past that driver, by rewriting its imports
-//! ([`got`]). The verbs themselves are behind the table in [`ops`], around one [`context`] an opened device. What
+//! ([`got`]); a libibverbs that has an op for each of them is left as it is ([`announce`]). The verbs themselves are behind the table in [`ops`], around one [`context`] an opened device. What
 //! moves the bytes is the router's and the engine's business.
 
 mod abi;
 mod ah;
+mod announce;
 mod attributes;
 mod bell;
 mod clock;

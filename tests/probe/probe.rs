@@ -11,6 +11,7 @@ mod cq;
 mod family;
 mod fuse;
 mod idle;
+mod imports_view;
 mod kills;
 mod library;
 mod meet;
@@ -34,7 +35,7 @@ use checks::{CHECKS, Skip};
 const LIMIT: Duration = Duration::from_secs(200);
 
 const USAGE: &str = "\
-usage: freeflow-probe list | check NAME | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
+usage: freeflow-probe list | check NAME | imports | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT | registration BYTES
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
@@ -74,6 +75,7 @@ fn perform(words: &[&str]) -> Result<()> {
             let check = CHECKS.iter().find(|(known, _)| known == name);
             check.with_context(|| format!("there is no check {name:?}; see `freeflow-probe list`"))?.1()
         }
+        ["imports"] => imports_view::count(),
         ["open"] => verbs::Context::open().map(|_| ()),
         ["hold", count] => idle::hold(count.parse()?),
         ["idle-qps", count] => idle::qps(count.parse()?),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use xtask::{
     bed::{Bed, Mode},
-    conformance::{self, Suite, Table},
+    conformance::{self, Suite, Table, patched},
     tree::Tree,
 };
 
@@ -29,6 +29,9 @@ pub(crate) struct Options {
     /// An install tree to use instead of building one
     #[arg(long, value_name = "DIR")]
     tree: Option<PathBuf>,
+    /// On rdma-core 55 with the patches of rdma-core-patches/, and without the fake sysfs tree and the shim
+    #[arg(long)]
+    patched: bool,
     /// Take the results over into the table
     #[arg(long)]
     write: bool,
@@ -86,7 +89,10 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
 
 /// The line that a suite comes to, and whether the table holds.
 fn run(suite: Suite, tree: &Tree, options: &Options) -> Result<(String, bool)> {
-    let tests = suite.prepare(&cache(tree))?;
+    let mut tests = suite.prepare(&cache(tree))?;
+    if options.patched {
+        tests = tests.on_patched(patched::libraries(&workspace(), &cache(tree))?);
+    }
     let path = suite.table(&workspace());
     let mut table = read(&path)?;
     let mut bed = Bed::on_one_host(tree.clone())?;
@@ -106,7 +112,8 @@ fn run(suite: Suite, tree: &Tree, options: &Options) -> Result<(String, bool)> {
     for gain in table.gains(&outcomes) {
         println!("gained: {gain} (`cargo xtask conformance --write` takes it over)");
     }
-    Ok((report.line(suite), losses.is_empty()))
+    let libraries = if options.patched { ", on the patched libraries" } else { "" };
+    Ok((format!("{}{libraries}", report.line(suite)), losses.is_empty()))
 }
 
 fn read(path: &Path) -> Result<Table> {

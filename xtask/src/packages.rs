@@ -52,6 +52,16 @@ pub(crate) const PROGRAMS: [Package; 4] = [
     package("qperf", "qperf", "a network benchmark with tests for RDMA"),
 ];
 
+/// What builds rdma-core 55; the tests on a patched one are skipped where it is missing.
+pub(crate) const RDMA_CORE: [Package; 6] = [
+    package("cmake", "cmake", "building a patched rdma-core"),
+    package("ninja-build", "ninja", "building a patched rdma-core"),
+    package("pkg-config", "pkg-config", "building a patched rdma-core"),
+    package("patch", "patch", "patching rdma-core"),
+    package("libnl-3-dev", "/usr/include/libnl3/netlink/netlink.h", "building a patched rdma-core"),
+    package("libnl-route-3-dev", "/usr/include/libnl3/netlink/route/link.h", "building a patched rdma-core"),
+];
+
 /// Network namespaces.
 pub(crate) const NAMESPACES: [Package; 2] = [
     package("iproute2", "ip", "network namespaces and the cable between them"),

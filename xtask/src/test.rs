@@ -124,7 +124,9 @@ fn run_tier(tier: Tier, options: &Options, tree: &mut Option<Tree>) -> Result<Co
     }
     if tier == Tier::Process {
         // Without these a few tests are skipped, not the tier.
-        packages::require(&packages::PROGRAMS).unwrap_or_else(|error| println!("{error:#}"));
+        for optional in [&packages::PROGRAMS[..], &packages::RDMA_CORE] {
+            packages::require(optional).unwrap_or_else(|error| println!("{error:#}"));
+        }
     }
     let filter = options.filter.as_deref();
     let mut count = Count::default();

@@ -56,6 +56,7 @@ impl Library {
 /// What `dlsym` returns.
 type Address = NonNull<c_void>;
 type RegisterDriver = unsafe extern "C" fn(ops: *const c_void);
+type RegisterUserDriver = unsafe extern "C" fn(ops: *const c_void, user_ops: *const c_void);
 type InitAndAllocContext = unsafe extern "C" fn(
     device: *mut ibv_device,
     cmd_fd: c_int,
@@ -78,6 +79,8 @@ pub(crate) struct Verbs {
     pub(crate) qp_comp_mask: usize,
     /// `verbs_register_driver_NN`.
     pub(crate) register_driver: RegisterDriver,
+    /// `verbs_register_user_driver`, where libibverbs lets providers announce devices of their own.
+    pub(crate) register_user_driver: Option<RegisterUserDriver>,
     /// `_verbs_init_and_alloc_context`; owns the descriptor it is given, whatever it returns.
     pub(crate) init_and_alloc_context: InitAndAllocContext,
     /// `verbs_set_ops`.
@@ -152,6 +155,10 @@ impl Verbs {
             // SAFETY: each of these functions has had the type of its field in every release from 25 to 65, and
             // the level says that this is one of them.
             register_driver: unsafe { transmute::<Address, RegisterDriver>(symbol(register_driver(abi))?) },
+            // SAFETY: what `rdma-core-patches/` gives this name has this type.
+            register_user_driver: library
+                .symbol(c"verbs_register_user_driver")
+                .map(|symbol| unsafe { transmute::<Address, RegisterUserDriver>(symbol) }),
             // SAFETY: as above.
             init_and_alloc_context: unsafe {
                 transmute::<Address, InitAndAllocContext>(symbol(c"_verbs_init_and_alloc_context")?)

@@ -62,7 +62,7 @@ unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: libc::mode_t)
     unsafe { libc::open(path, flags, mode) }
 }
 
-fn open_channel() -> Result<RawFd, Errno> {
+pub(crate) fn open_channel() -> Result<RawFd, Errno> {
     let manager = ucma::adopt()?;
     let channel = manager.open_channel().inspect_err(|_| registry::leave_manager(&manager))?;
     let owner: Arc<dyn CommandChannel> = manager;
@@ -111,7 +111,7 @@ fn device_status() -> libc::stat {
 }
 
 /// `write(2)` as librdmacm calls it.
-pub(super) unsafe extern "C" fn hooked_write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
+pub(crate) unsafe extern "C" fn hooked_write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
     match registry::look_up(fd) {
         Some((Role::EventChannel, owner)) => edge::syscall(|| {
             // A child has the parent's channel: what happens on it is the parent's.
@@ -128,7 +128,7 @@ pub(super) unsafe extern "C" fn hooked_write(fd: c_int, buffer: *const c_void, l
 }
 
 /// `close(2)` as librdmacm calls it.
-pub(super) unsafe extern "C" fn hooked_close(fd: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn hooked_close(fd: c_int) -> c_int {
     // Taken out before it is closed: the number may be another's in the next moment.
     if let Some((Role::EventChannel, Owner::Live(manager))) = registry::remove_if(fd, Role::EventChannel) {
         edge::keeping_errno(|| edge::value((), || manager.event_channel_closed(fd)));

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Outcome, Suite, Tests};
+use super::{Outcome, Suite, Tests, patched::BARE};
 use crate::{bed::Bed, huge_pages::HugePages, process::Job};
 
 /// What one test may take. Polling tests give up by themselves after 10 seconds.
@@ -69,7 +69,9 @@ impl Report {
 /// Runs the tests whose names contain one of the words, all if there is none, against the bed's router.
 pub fn run(bed: &Bed, workspace: &Path, tests: &Tests, only: &[String]) -> Result<Report> {
     let text = |path: &Path| path.display().to_string();
-    let mut words = vec![tests.python.clone(), text(&workspace.join("conformance/driver.py"))];
+    let mut words: Vec<String> = Vec::new();
+    words.extend(tests.bare.then_some(BARE).iter().flatten().map(|&word| word.to_owned()));
+    words.extend([tests.python.clone(), text(&workspace.join("conformance/driver.py"))]);
     words.push(text(&tests.folder));
     let limit = TEST_LIMIT.as_secs().to_string();
     words.extend(["--dev", "ff0", "--limit", &limit].map(str::to_owned));

@@ -21,8 +21,8 @@ use crate::{
 const DEBIAN_PYTHON: &str = "/usr/bin/python3";
 /// What compiles pyverbs.
 const CYTHON: &str = "cython==3.0.12";
-const FETCH_LIMIT: Duration = Duration::from_secs(10 * 60);
-const BUILD_LIMIT: Duration = Duration::from_secs(60 * 60);
+pub(super) const FETCH_LIMIT: Duration = Duration::from_secs(10 * 60);
+pub(super) const BUILD_LIMIT: Duration = Duration::from_secs(60 * 60);
 
 /// A release of rdma-core's tests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -44,6 +44,17 @@ pub struct Tests {
     pub libraries: Option<PathBuf>,
     /// The Python that the module is for.
     pub python: String,
+    /// Whether they run without what a stock libibverbs needs to find the device.
+    pub bare: bool,
+}
+
+impl Tests {
+    /// The same tests on the patched libraries, which need nothing else to find the device.
+    #[must_use]
+    pub fn on_patched(mut self, libraries: PathBuf) -> Self {
+        (self.libraries, self.bare) = (Some(libraries), true);
+        self
+    }
 }
 
 impl Suite {
@@ -81,6 +92,7 @@ fn prepare_debian(home: &Path) -> Result<Tests> {
         pyverbs: home.join("usr/lib/python3/dist-packages"),
         libraries: None,
         python: DEBIAN_PYTHON.to_owned(),
+        bare: false,
     };
     if tests.folder.join("base.py").exists() {
         return Ok(tests);
@@ -117,6 +129,7 @@ fn prepare_source(home: &Path) -> Result<Tests> {
         pyverbs: build.join("python"),
         libraries: Some(build.join("lib")),
         python: python.display().to_string(),
+        bare: false,
     };
     let done = home.join("built");
     if done.exists() {
@@ -150,13 +163,17 @@ fn prepare_source(home: &Path) -> Result<Tests> {
     Ok(tests)
 }
 
-fn in_folder(mut command: std::process::Command, folder: &Path, path: &str) -> std::process::Command {
+pub(super) fn in_folder(
+    mut command: std::process::Command,
+    folder: &Path,
+    path: &str,
+) -> std::process::Command {
     command.current_dir(folder).env("PATH", path);
     command
 }
 
 /// Copies the sources: cargo's own are shared and stay as they are.
-fn copy_source(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn copy_source(from: &Path, to: &Path) -> Result<()> {
     let mut copy = command(["cp", "--recursive", "--no-preserve=mode,ownership"]);
     copy.args([from, to]);
     run(copy, FETCH_LIMIT)?;
@@ -167,7 +184,7 @@ fn copy_source(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// An empty folder beside the place of something, on the same file system.
-fn fresh(home: &Path) -> Result<PathBuf> {
+pub(super) fn fresh(home: &Path) -> Result<PathBuf> {
     let room = home.with_extension("new");
     if room.exists() {
         fs::remove_dir_all(&room)?;
@@ -177,7 +194,7 @@ fn fresh(home: &Path) -> Result<PathBuf> {
 }
 
 /// Puts a finished folder in its place.
-fn replace(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn replace(from: &Path, to: &Path) -> Result<()> {
     if to.exists() {
         fs::remove_dir_all(to)?;
     }
