@@ -19,10 +19,12 @@ pub mod fabric;
 mod foreign;
 mod inbox;
 mod memory;
+pub mod nic;
 mod place;
 mod requester;
 mod responder;
 mod retry;
+mod shadow;
 mod srq;
 mod stage;
 mod transfer;
@@ -32,8 +34,8 @@ pub mod wire;
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
 pub use fabric::{
-    ATTR_LIMITS, ClientInit, Control, Controls, Fabric, MAX_WORDS, Modified, QpInit, QpSnapshot, Routing,
-    SrqInit, XrcInit,
+    ATTR_LIMITS, ClientInit, Control, Controls, DataPath, Fabric, MAX_WORDS, Modified, QpInit, QpSnapshot,
+    Routing, SrqInit, XrcInit,
 };
 pub use foreign::{Access, Foreign};
 pub use memory::{Fault, Memory};

@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 
 use verbs_abi::{
-    shm::{mr_table::MrEntry, wqe::Sge},
+    shm::{Window, mr_table::MrEntry, wqe::Sge},
     verbs::AccessFlags,
 };
 
@@ -40,6 +40,11 @@ pub trait Memory {
     /// Where `[addr, addr + len)`, a range inside the MR's shared sub-range, is mapped in this process. The
     /// pointer is valid for reads and writes of `len` bytes until the MR is invalidated and the seat has left.
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>>;
+
+    /// The mapping of an MR's shared sub-range, for a NIC to register.
+    fn shared(&self, _mr: &MrEntry) -> Option<Window> {
+        None
+    }
 
     /// Whether all that was read from it so far was its content. Memory that the kernel could not give any more is
     /// zeros from then on, and what was copied from it is worth nothing.

@@ -8,6 +8,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
+use verbs_abi::shm::Window;
+
 /// Copies `len` bytes, the last aligned word last. The ranges may overlap.
 ///
 /// # Safety
@@ -113,6 +115,22 @@ pub(crate) unsafe fn atomic(to: *mut u8, operation: Atomic) -> u64 {
             .compare_exchange(compare, swap, Ordering::SeqCst, Ordering::SeqCst)
             .unwrap_or_else(|found| found),
         Atomic::FetchAdd(add) => word.fetch_add(add, Ordering::SeqCst),
+    }
+}
+
+/// Copies bytes into shared memory of the host's own, as far as they fit.
+pub(crate) fn copy_in(window: &Window, offset: u64, bytes: &[u8]) {
+    if let Some(part) = window.sub(offset, bytes.len()) {
+        // SAFETY: the part is mapped for `bytes.len()` bytes while the window lives, and no reference to it exists.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), part.as_ptr(), bytes.len()) };
+    }
+}
+
+/// Copies bytes out of shared memory of the host's own. Outside of it nothing is copied.
+pub(crate) fn copy_out(window: &Window, offset: u64, bytes: &mut [u8]) {
+    if let Some(part) = window.sub(offset, bytes.len()) {
+        // SAFETY: as above; a NIC that still writes there changes bytes, not their validity.
+        unsafe { ptr::copy_nonoverlapping(part.as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
     }
 }
 

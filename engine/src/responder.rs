@@ -8,7 +8,11 @@ mod keyed;
 use std::sync::{Arc, atomic::Ordering};
 
 use verbs_abi::{
-    shm::{cqe::Cqe, queue::QueueArea, wqe::RecvWqe},
+    shm::{
+        cqe::Cqe,
+        queue::QueueArea,
+        wqe::{BadWqe, RecvWqe},
+    },
     verbs::{AccessFlags, EventType, Opcode, QpState, QpType, WcFlags, WcOpcode, WcStatus},
 };
 
@@ -16,6 +20,7 @@ use crate::{
     Completions, FLUSH, Memory,
     inbox::Inbox,
     memory::{Span, all_reached, check_list, list_len},
+    requester::Obstacle,
     srq::{Claim, SharedReceives},
     stage::Stage,
     transfer::{Broken, Side, transfer},
@@ -527,6 +532,55 @@ impl Responder {
         };
         self.completions.push(&Cqe { wqe, ..*cqe }, solicited);
         self.publish();
+    }
+
+    /// Copies the receive out that lies so many behind the next one to be consumed. False: there is none.
+    pub(crate) fn look_ahead(&self, by: u64, wqe: &mut RecvWqe) -> Result<bool, BadWqe> {
+        self.area.read_recv(self.completions.count().wrapping_add(by), wqe)
+    }
+
+    /// Puts bytes that came otherwise into the list of a receive, `at` bytes into it.
+    pub(crate) fn scatter<M: Memory>(
+        &mut self,
+        memory: &M,
+        wqe: &RecvWqe,
+        at: u64,
+        bytes: &[u8],
+        stage: &mut Stage,
+    ) -> Result<(), Obstacle> {
+        let len = at + bytes.len() as u64;
+        if !check_list(memory, self.pd, wqe.sges(), len, AccessFlags::LOCAL_WRITE, &mut self.spans) {
+            return Err(Obstacle::Fault(WcStatus::LocProtErr));
+        }
+        let spans: &[Span] = &self.spans;
+        transfer(Side::Bytes(bytes), (memory, spans), (0, at), bytes.len() as u64, stage)?;
+        Ok(())
+    }
+
+    /// Ends the next receive, which something else has filled.
+    pub(crate) fn announce(&mut self, cqe: &Cqe) {
+        // Whether the sender asked for the owner's attention is not known: a wake-up too many, but never one too few.
+        self.complete(cqe, true);
+    }
+
+    /// Invalidates a window for the peer. False: it may not.
+    pub(crate) fn invalidate<M: Memory>(&self, memory: &M, key: u32) -> bool {
+        window::invalidate(memory, self.pd, key, Some(self.qpn)).is_ok()
+    }
+
+    /// Whether the peer may invalidate a window.
+    pub(crate) fn may_invalidate<M: Memory>(&self, memory: &M, key: u32) -> bool {
+        window::may_invalidate(memory, self.pd, key, self.qpn)
+    }
+
+    /// Its protection domain.
+    pub(crate) fn pd(&self) -> u32 {
+        self.pd
+    }
+
+    /// The one QP whose requests are executed.
+    pub(crate) fn peer(&self) -> u32 {
+        self.peer
     }
 
     fn publish(&self) {

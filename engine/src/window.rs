@@ -82,6 +82,12 @@ fn part(memory: &impl Memory, pd: u32, mr: u32, range: (u64, u64), access: u32) 
     Some(MrEntry { access, iova, addr: mr.addr.checked_add(offset)?, len, ..mr })
 }
 
+/// Whether a peer of the QP `qpn` may invalidate the window of a key.
+pub(crate) fn may_invalidate(memory: &impl Memory, pd: u32, key: u32, qpn: u32) -> bool {
+    let window = memory.window(key).filter(|window| window.pd == pd && window.key == key);
+    window.is_some_and(|window| window.is_type_2 && window.bound.is_some_and(|bound| bound.qpn == qpn))
+}
+
 /// Makes the key of a bound window of type 2 useless. With a `qpn` only if the window serves that QP.
 pub(crate) fn invalidate(memory: &impl Memory, pd: u32, key: u32, qpn: Option<u32>) -> Result<(), Refused> {
     let window = memory.window(key).filter(|window| window.pd == pd && window.key == key).ok_or(Refused)?;

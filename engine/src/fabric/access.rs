@@ -113,7 +113,8 @@ impl<M: Memory> Fabric<M> {
             return false;
         };
         let serves = |flight: &Flight| flight.server == Named { at, qpn } && flight.client == qp.owner;
-        qp.busy > 0 && self.accesses.flights.values().any(serves)
+        let is_on_nic = qp.far.as_ref().is_some_and(|far| far.shadow.is_some());
+        is_on_nic || qp.busy > 0 && self.accesses.flights.values().any(serves)
     }
 
     fn access_counts(&self, client: u32) -> Counts {

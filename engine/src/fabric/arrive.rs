@@ -44,6 +44,7 @@ impl<M: Memory> Fabric<M> {
                 let Some(at) = self.connected(peer, &header) else { return Ok(()) };
                 match kind {
                     Kind::Request => self.take_request(at, &mut header, payload),
+                    Kind::Shadow => self.take_word(at, &header),
                     _ => self.take_reply(at, &header, payload, now),
                 }
             }
@@ -137,7 +138,7 @@ impl<M: Memory> Fabric<M> {
                     self.launch(at, Half::Reply);
                 }
             }
-            Kind::Request | Kind::Datagram | Kind::Control => {}
+            Kind::Request | Kind::Datagram | Kind::Control | Kind::Shadow => {}
         }
         if self.reap(at) {
             self.schedule.enqueue(at);

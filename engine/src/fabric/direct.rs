@@ -164,7 +164,10 @@ impl<M: Memory> Fabric<M> {
     /// ask again soon. Bounded by the caller: a stopped peer must stop nobody.
     pub fn seize(&mut self, client: u32, qpn: u32) -> bool {
         match self.owned(client, qpn) {
-            Some(at) => self.seize_receives(at),
+            Some(at) => {
+                let _ = self.halt_shadow(at);
+                self.seize_receives(at)
+            }
             None => true,
         }
     }

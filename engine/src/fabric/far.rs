@@ -19,6 +19,7 @@ use verbs_abi::{
 use super::{Fabric, Qp, access::Half, control::Controls, schedule::WORK};
 use crate::{
     Attempt, Memory,
+    shadow::{Shadow, Stage},
     wire::{
         Condition, Emit, Initiator, Outbox, Outcome, Path, Place, Reaped, Target,
         packet::{Header, Kind, SOLICITED},
@@ -45,6 +46,8 @@ pub(super) struct Far {
     pub(super) target: Target,
     /// Among those that owe their peers something.
     owing: bool,
+    /// What a NIC does for it.
+    pub(super) shadow: Option<Box<Shadow>>,
 }
 
 /// All links.
@@ -110,6 +113,7 @@ impl<M: Memory> Fabric<M> {
                 far.target.interrupt();
                 far.initiator.rewind();
                 self.schedule.enqueue(at);
+                self.resume_shadow(at);
             }
         }
         self.let_go_on(peer);
@@ -167,8 +171,9 @@ impl<M: Memory> Fabric<M> {
         self.stop_waiting(at);
         if let Some(qp) = self.qps[at].as_mut() {
             let _ = qp.requester.resume();
-            qp.far = Some(Box::new(Far { peer, path, initiator, target, owing: false }));
+            qp.far = Some(Box::new(Far { peer, path, initiator, target, owing: false, shadow: None }));
         }
+        self.attach_shadow(at);
         self.schedule.enqueue(at);
     }
 
@@ -179,6 +184,7 @@ impl<M: Memory> Fabric<M> {
             self.links.next_stream = self.links.next_stream.wrapping_add(1).max(1);
             far.initiator.start(self.links.next_stream, u64::from(qp.attr.sq_psn & PSN));
         }
+        self.start_shadow(at);
     }
 
     /// The connection ends; what the peer is owed is told before.
@@ -188,12 +194,16 @@ impl<M: Memory> Fabric<M> {
         if far.target.owes() && far.target.tell(&far.path, outbox, true) {
             self.links.call(far.peer);
         }
+        if let Some(shadow) = far.shadow.take() {
+            self.bury_shadow(at, *shadow);
+        }
     }
 
     /// One turn of a QP with a peer on another host. True: there is more.
     pub(super) fn serve_far(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
         let mut more = self.continue_target(at, budget);
         match self.qps[at].as_ref().map(|qp| qp.state) {
+            _ if self.has_shadow(at) => more |= self.serve_shadow(at, now, budget),
             Some(QpState::Rts | QpState::Sqd) => more |= self.initiate(at, now, budget),
             Some(QpState::Sqe) => self.fail_sends(at),
             _ => {}
@@ -208,7 +218,7 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Keeps an armed timer that is early enough.
-    fn set_due(&mut self, at: usize, due: Option<u64>) {
+    pub(super) fn set_due(&mut self, at: usize, due: Option<u64>) {
         let armed = self.qps[at].as_ref().and_then(|qp| qp.waiting).flatten();
         if let Some(due) = due
             && armed.is_none_or(|armed| armed > due)
@@ -255,7 +265,7 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Lets a QP wait for its link.
-    fn await_room(&mut self, at: usize) {
+    pub(super) fn await_room(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
         let Some(peer) = qp.far.as_ref().map(|far| far.peer) else { return };
         let qpn = qp.qpn;
@@ -264,7 +274,7 @@ impl<M: Memory> Fabric<M> {
     }
 
     /// Sends what can be sent, and completes what was answered. True: there is more.
-    fn initiate(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
+    pub(super) fn initiate(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
         if !self.catch_up_far(at, now) {
             return false;
         }
@@ -321,8 +331,18 @@ impl<M: Memory> Fabric<M> {
         let Some(client) = self.clients[qp.owner].as_ref() else { return Emit::Idle };
         let Some(far) = qp.far.as_mut() else { return Emit::Idle };
         let outbox = self.links.outbox(far.peer);
-        let takes_new = qp.state == QpState::Rts;
+        let goes_here = far.shadow.is_none() || far.initiator.is_next(&qp.requester);
+        let takes_new = qp.state == QpState::Rts && goes_here;
         far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, (takes_new, now))
+    }
+
+    /// Begins the next work request of a QP whose others a NIC carries.
+    pub(super) fn emit_one(&mut self, at: usize, now: u64) -> Emit {
+        let Some(qp) = self.qps[at].as_mut() else { return Emit::Idle };
+        let Some(client) = self.clients[qp.owner].as_ref() else { return Emit::Idle };
+        let Some(far) = qp.far.as_mut() else { return Emit::Idle };
+        let outbox = self.links.outbox(far.peer);
+        far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, (true, now))
     }
 
     /// Completes what was answered. False: the QP has failed.
@@ -369,6 +389,10 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn welcome_far(&mut self, at: usize) -> bool {
         let Some(qp) = self.qps[at].as_mut() else { return false };
         let Some(far) = qp.far.as_mut() else { return false };
+        if far.shadow.as_ref().is_some_and(|shadow| shadow.stage == Stage::Connected) {
+            // Its NIC says so.
+            return true;
+        }
         far.target.welcome();
         self.owe(at);
         true
@@ -412,7 +436,10 @@ impl Qp {
     /// Whether a work request was begun: in SQD it is still brought to its end.
     pub(super) fn has_begun(&self) -> bool {
         match &self.far {
-            Some(far) => far.initiator.has_begun(),
+            Some(far) => {
+                far.initiator.has_begun()
+                    || far.shadow.as_ref().is_some_and(|shadow| shadow.sender.has_begun())
+            }
             None => self.requester.has_begun(),
         }
     }

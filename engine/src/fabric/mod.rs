@@ -13,10 +13,12 @@ mod direct;
 mod far;
 mod groups;
 mod modify;
+mod nics;
 mod objects;
 mod policy;
 mod run;
 mod schedule;
+mod shadows;
 mod shared;
 
 use std::{
@@ -42,6 +44,7 @@ pub use far::Routing;
 use far::{Far, Links};
 use groups::Groups;
 pub use modify::ATTR_LIMITS;
+use nics::Nics;
 use schedule::Schedule;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
@@ -91,6 +94,17 @@ pub struct Modified {
     pub direct: Option<(DirectPeer, u32)>,
 }
 
+/// What a QP's messages travel by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataPath {
+    /// Shared memory: the peer lives on this host.
+    Shm,
+    /// A real NIC.
+    Rnic,
+    /// A link between routers.
+    Tcp,
+}
+
 /// A QP, for `freeflow status`.
 #[derive(Clone, Debug)]
 pub struct QpSnapshot {
@@ -108,6 +122,8 @@ pub struct QpSnapshot {
     pub peer_gid: Gid,
     /// Who executes its send queue.
     pub mode: Mode,
+    /// What its messages travel by, when that is decided.
+    pub path: Option<DataPath>,
     /// Messages sent by the router's seat.
     pub messages: u64,
     /// Bytes sent by the router's seat.
@@ -213,6 +229,7 @@ pub struct Fabric<M> {
     rung_srqs: Vec<u32>,
     accesses: Accesses,
     links: Links,
+    nics: Nics,
     /// The time at the last turn.
     now: u64,
 }
@@ -244,6 +261,7 @@ impl<M: Memory> Fabric<M> {
             rung_srqs: Vec::new(),
             accesses: Accesses::default(),
             links: Links::default(),
+            nics: Nics::default(),
             now: 0,
         }
     }
@@ -303,6 +321,7 @@ impl<M: Memory> Fabric<M> {
         let srqs: Vec<u32> =
             self.clients[at].iter().flat_map(|client| client.srq_slots.values().copied()).collect();
         srqs.into_iter().for_each(|srq| self.remove_srq(srq));
+        self.end_registrations(client);
         self.client_index.remove(&client);
         self.clients[at] = None;
         self.schedule.dismiss(at);
@@ -365,11 +384,30 @@ impl<M: Memory> Fabric<M> {
             peer_qpn: qp.attr.dest_qp_num,
             peer_gid: qp.attr.ah_attr.dgid,
             mode: if qp.direct.is_some() { Mode::Direct } else { Mode::Isolated },
+            path: self.path_of(qp),
             messages: traffic.messages,
             bytes: traffic.bytes,
             rnr_naks: traffic.rnr_naks,
             timeouts: traffic.timeouts,
         }
+    }
+
+    fn path_of(&self, qp: &Qp) -> Option<DataPath> {
+        match &qp.far {
+            Some(far) => match &far.shadow {
+                None => Some(DataPath::Tcp),
+                Some(shadow) => (!shadow.is_undecided()).then_some(DataPath::Rnic),
+            },
+            None => {
+                let (qpn, gid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
+                let connected = qp.state.may_respond() && self.resolve(qp, qpn, &gid).is_some();
+                connected.then_some(DataPath::Shm)
+            }
+        }
+    }
+
+    fn has_shadow(&self, at: usize) -> bool {
+        self.qps[at].as_ref().is_some_and(|qp| qp.far.as_ref().is_some_and(|far| far.shadow.is_some()))
     }
 
     fn client_mut(&mut self, client: u32) -> Option<&mut Client<M>> {

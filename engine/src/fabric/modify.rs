@@ -175,6 +175,11 @@ impl<M: Memory> Fabric<M> {
             far.target.abandon();
         }
         qp.responder.set_ring_me(true);
+        if !self.halt_shadow(at) {
+            // The NIC may still write: its end has another turn.
+            return;
+        }
+        let Some(qp) = self.qps[at].as_mut() else { return };
         if qp.busy > 0 {
             // What comes back flushed is not written to any more: the end of the access has another turn.
             return;

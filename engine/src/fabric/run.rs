@@ -134,6 +134,7 @@ impl<M: Memory> Fabric<M> {
     /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
     pub fn run(&mut self, now: u64) -> bool {
         self.now = now;
+        self.hear_nic();
         self.expire_timers(now);
         let look = QUANTUM.max(LOOK * self.client_index.len() as u64);
         let (mut used, mut next_look) = (0, look);

@@ -29,6 +29,7 @@ mod foreign;
 mod groups;
 mod hostile;
 mod isolation;
+mod nic;
 mod property;
 mod retries;
 mod revocation;
@@ -88,6 +89,11 @@ impl Memory for TestMemory {
 
     fn mapped(&self, _: &MrEntry, addr: u64, _: usize) -> Option<NonNull<u8>> {
         NonNull::new(addr as *mut u8)
+    }
+
+    fn shared(&self, mr: &MrEntry) -> Option<Window> {
+        // Its addresses are those of this process; what counts is its length.
+        Some(Window::heap((mr.shared_end - mr.shared_start) as usize))
     }
 
     fn is_intact(&self) -> bool {

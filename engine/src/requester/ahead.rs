@@ -58,6 +58,16 @@ impl Requester {
         self.with(wqe, |requester| requester.check(local))
     }
 
+    /// Checks a work request itself, and tells the pieces of its list.
+    pub(crate) fn spans_of<M: Memory>(
+        &mut self,
+        local: &M,
+        wqe: &mut Box<SendWqe>,
+    ) -> Result<(Opcode, &[Span]), WcStatus> {
+        let opcode = self.inspect(local, wqe)?;
+        Ok((opcode, &self.spans))
+    }
+
     /// Appends `len` bytes of its payload from `at` on.
     pub(crate) fn export<M: Memory>(
         &mut self,

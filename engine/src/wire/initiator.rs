@@ -13,11 +13,12 @@ use verbs_abi::{
 use super::{
     Path, SEGMENT, WINDOW,
     outbox::{Condition, Outbox},
-    packet::{Header, Kind, SOLICITED},
+    packet::{ANNOUNCES, Header, Kind, SOLICITED},
 };
 use crate::{
     Memory, Requester,
     requester::{Obstacle, is_fenced},
+    shadow::goes_by_link,
     stage::Stage,
 };
 
@@ -48,6 +49,8 @@ pub(crate) struct Initiator {
     probing: bool,
     /// Something is to be sent and there is no link: silence, too.
     held_up: bool,
+    /// A NIC carries what takes receives: only the rest of such a request goes here.
+    shares: bool,
     /// For payload that comes from foreign memory.
     send_stage: Stage,
     /// For answers that go to foreign memory.
@@ -71,6 +74,8 @@ struct Sent {
     /// Whether all that must come back has.
     stored: bool,
     failed: Option<WcStatus>,
+    /// Whether a NIC carries the rest of it.
+    is_split: bool,
 }
 
 impl Sent {
@@ -125,13 +130,19 @@ pub(crate) enum Place {
 impl Initiator {
     /// A new life of a QP, whose packets are counted from `psn` on.
     pub(crate) fn start(&mut self, stream: u32, psn: u64) {
-        *self = Self { stream, next: psn, cursor: psn, sent: psn, acked: psn, ..Self::default() };
+        let shares = self.shares;
+        *self = Self { stream, next: psn, cursor: psn, sent: psn, acked: psn, shares, ..Self::default() };
+    }
+
+    /// From now on a NIC carries what takes receives.
+    pub(crate) fn share_way(&mut self) {
+        self.shares = true;
     }
 
     /// Forgets what is on its way: the queue fails, or is emptied.
     pub(crate) fn abandon(&mut self) {
-        let next = self.next;
-        *self = Self { stream: self.stream, next, cursor: next, sent: next, acked: next, ..Self::default() };
+        let (next, stream, shares) = (self.next, self.stream, self.shares);
+        *self = Self { stream, next, cursor: next, sent: next, acked: next, shares, ..Self::default() };
     }
 
     /// Which life of the QP this is.
@@ -281,7 +292,8 @@ impl Initiator {
         local: &M,
         takes_new: bool,
     ) -> Result<bool, BadWqe> {
-        let stopped = self.flight.back().is_some_and(|last| last.failed.is_some() || last.packets == 0);
+        let stops = |last: &Sent| last.failed.is_some() || last.packets == 0 || last.is_split;
+        let stopped = self.flight.back().is_some_and(stops);
         if !takes_new || stopped || self.flight.len() as u64 >= WINDOW {
             return Ok(false);
         }
@@ -301,7 +313,9 @@ impl Initiator {
             self.spare.push(wqe);
             return Ok(false);
         }
-        let len = wqe.length();
+        let invalidates = self.shares && checked == Ok(Opcode::SendWithInv);
+        let is_split = invalidates || self.shares && checked == Ok(Opcode::WriteWithImm);
+        let len = if invalidates { 0 } else { wqe.length() };
         let packets = match checked {
             Err(_) => 0,
             Ok(opcode) if opcode.is_local() => 0,
@@ -317,6 +331,7 @@ impl Initiator {
             received: 0,
             stored: false,
             failed: checked.err(),
+            is_split,
             wqe,
         });
         self.next += packets;
@@ -382,7 +397,7 @@ impl Initiator {
         while let Some(front) = self.flight.front_mut() {
             if front.packets == 0 && front.failed.is_none() {
                 front.failed = requester.change_own(local, &mut front.wqe).err();
-            } else if front.failed.is_none() && !front.is_done(self.acked) {
+            } else if front.failed.is_none() && (front.is_split || !front.is_done(self.acked)) {
                 break;
             }
             let Some(mut front) = self.flight.pop_front() else { break };
@@ -400,6 +415,26 @@ impl Initiator {
             }
         }
         Reaped::Well
+    }
+
+    /// A work request of which this part is done, and a NIC is to carry the rest.
+    pub(crate) fn take_split(&mut self) -> Option<Box<SendWqe>> {
+        let acked = self.acked;
+        self.flight.front().filter(|front| front.is_split && front.is_done(acked))?;
+        let front = self.flight.pop_front()?;
+        self.at = self.at.saturating_sub(1);
+        self.ahead -= u64::from(front.wqe.blocks);
+        Some(front.wqe)
+    }
+
+    /// Whether the next work request in the queue goes this way and no other.
+    pub(crate) fn is_next(&self, requester: &Requester) -> bool {
+        let mut wqe = SendWqe::default();
+        let opcode = match requester.look_ahead(self.ahead, &mut wqe) {
+            Ok(true) => Opcode::try_from(u32::from(wqe.opcode)),
+            Ok(false) | Err(_) => return false,
+        };
+        opcode.is_ok_and(|opcode| goes_by_link(opcode) && opcode != Opcode::SendWithInv)
     }
 
     /// An answer that carries something.
@@ -499,6 +534,12 @@ fn describe(sent: &Sent, psn: u64, path: &Path, stream: u32) -> Header {
         header.flags |= SOLICITED;
     }
     (header.remote_addr, header.rkey, header.imm) = (wqe.remote_addr, wqe.rkey, wqe.imm);
+    if sent.is_split && sent.opcode == Opcode::WriteWithImm {
+        header.code = Opcode::Write.value() as u8;
+    }
+    if sent.is_split && psn + 1 == sent.end() {
+        header.flags |= ANNOUNCES;
+    }
     header.operands = [wqe.compare_add, wqe.swap];
     header.total = sent.len as u32;
     if sent.responds() {

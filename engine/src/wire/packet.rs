@@ -23,6 +23,8 @@ pub const LONGEST: usize = HEADER + SEGMENT as usize;
 
 /// The receiver is to be told when this completes.
 pub(crate) const SOLICITED: u16 = 1;
+/// A part of a request whose other part comes by NIC: the next receive tells of it.
+pub(crate) const ANNOUNCES: u16 = 2;
 
 /// What a packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,9 +49,11 @@ pub(crate) enum Kind {
     Found,
     /// Words of the hosts themselves, for no QP.
     Control,
+    /// A word about a pair of shadow QPs; the code says which.
+    Shadow,
 }
 
-const KINDS: [Kind; 10] = [
+const KINDS: [Kind; 11] = [
     Kind::Request,
     Kind::Datagram,
     Kind::Ack,
@@ -60,6 +64,7 @@ const KINDS: [Kind; 10] = [
     Kind::Data,
     Kind::Found,
     Kind::Control,
+    Kind::Shadow,
 ];
 
 /// A packet that cannot be: its sender speaks another language.

@@ -10,12 +10,13 @@ use verbs_abi::verbs::{EventType, Opcode, QpType, WcStatus};
 use super::{
     Path, SEGMENT,
     outbox::Outbox,
-    packet::{Header, Kind, SOLICITED},
+    packet::{ANNOUNCES, Header, Kind, SOLICITED},
 };
 use crate::{
     Memory, Responder,
     place::Atomic,
     responder::{Flush, INVALID_REQUEST, OPERATION, Reply, Request},
+    shadow::{Announced, Announcements},
     stage::Stage,
     transfer::{Broken, Side, append},
 };
@@ -45,6 +46,10 @@ pub(crate) struct Target {
     refused: bool,
     /// The rest of a message that was lost is lost, too (UC).
     broken: bool,
+    /// A NIC carries what takes receives.
+    pub(crate) shares: bool,
+    /// What receives that the NIC fills are to tell beside.
+    pub(crate) announced: Announcements,
     owed: Owed,
 }
 
@@ -225,6 +230,9 @@ impl Target {
         let reply = match opcode {
             Some(Opcode::Read) => self.read(responder, memory, header, path, outbox),
             Some(opcode) if opcode.is_atomic() => Ok(self.atomic(responder, memory, header, opcode)),
+            Some(opcode) if self.shares && takes_receive(opcode) => {
+                Ok(self.announcement(responder, memory, header, opcode))
+            }
             Some(opcode) if !opcode.is_local() && opcode.allowed_on(responder.qp_type()) => {
                 let request = request(header, opcode, payload);
                 Ok(responder.handle(memory, &request, &mut self.stage))
@@ -232,9 +240,31 @@ impl Target {
             _ if responder.qp_type() == QpType::Uc => Ok(Reply::Silence),
             _ => Ok(INVALID_REQUEST),
         };
+        if !again && reply == Ok(Reply::Ack) && header.flags & ANNOUNCES != 0 && self.shares {
+            self.announced.push_back(match opcode {
+                Some(Opcode::SendWithInv) => Announced::Invalidates(header.imm),
+                _ => Announced::Written(header.total),
+            });
+        }
         match reply {
             Ok(reply) => self.conclude(reply, again, header.psn),
             Err(outcome) => outcome,
+        }
+    }
+
+    /// What takes receives comes by NIC; here only the key that such a SEND invalidates is told.
+    fn announcement<M: Memory>(
+        &self,
+        responder: &Responder,
+        memory: &M,
+        header: &Header,
+        opcode: Opcode,
+    ) -> Reply {
+        let is_one = opcode == Opcode::SendWithInv && header.flags & ANNOUNCES != 0 && header.total == 0;
+        if is_one && self.announced.len() < WAITING && responder.may_invalidate(memory, header.imm) {
+            Reply::Ack
+        } else {
+            INVALID_REQUEST
         }
     }
 
@@ -392,6 +422,10 @@ impl Target {
 }
 
 const READ: u8 = Opcode::Read.value() as u8;
+
+fn takes_receive(opcode: Opcode) -> bool {
+    matches!(opcode, Opcode::Send | Opcode::SendWithImm | Opcode::SendWithInv | Opcode::WriteWithImm)
+}
 
 /// The request that a packet carries.
 fn request<'a, M>(header: &Header, opcode: Opcode, payload: &'a [u8]) -> Request<'a, M> {

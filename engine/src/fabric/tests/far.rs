@@ -10,7 +10,7 @@ mod property;
 mod refusals;
 
 /// Each knows the other as its peer 0.
-const PEER: u32 = 0;
+pub(super) const PEER: u32 = 0;
 /// Inside the mapped part of every app's buffer.
 const MAPPED: u64 = 64 * 1024;
 
@@ -25,26 +25,26 @@ impl Routing for Elsewhere {
 }
 
 /// Two hosts.
-struct Hosts {
-    fabrics: [Fabric<TestMemory>; 2],
+pub(super) struct Hosts {
+    pub(super) fabrics: [Fabric<TestMemory>; 2],
     /// What is on its way to each.
     pipes: [VecDeque<u8>; 2],
-    up: bool,
+    pub(super) up: bool,
     now: u64,
     /// Bytes that are delivered before the link breaks by itself.
-    fuse: Option<usize>,
+    pub(super) fuse: Option<usize>,
     sent: u64,
 }
 
 impl Hosts {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut fabrics = [Fabric::new(), Fabric::new()];
         fabrics[0].set_routing(Arc::new(Elsewhere((11..20).map(gid).collect())));
         fabrics[1].set_routing(Arc::new(Elsewhere((1..10).map(gid).collect())));
         Self { fabrics, pipes: Default::default(), up: false, now: 0, fuse: None, sent: 0 }
     }
 
-    fn connect(&mut self) {
+    pub(super) fn connect(&mut self) {
         self.up = true;
         for fabric in &mut self.fabrics {
             fabric.link_up(PEER, HashMap::from([(0, 0)]));
@@ -58,7 +58,7 @@ impl Hosts {
     }
 
     /// Lets both run until nothing moves.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         for _ in 0..20_000 {
             if !self.step() {
                 return;
@@ -110,7 +110,7 @@ impl Hosts {
     }
 
     /// Lets time pass until something is due.
-    fn wait(&mut self) -> bool {
+    pub(super) fn wait(&mut self) -> bool {
         let next = self.fabrics.iter().filter_map(Fabric::next_timer).min();
         let Some(next) = next else { return false };
         self.now = self.now.max(next);
