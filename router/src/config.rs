@@ -17,6 +17,7 @@ use verbs_abi::shm::arena;
 mod directory;
 mod links;
 mod prefix;
+mod rnic;
 mod tenant;
 
 pub use directory::{Directory, DirectoryFile, Endpoint, Route};
@@ -24,6 +25,7 @@ pub(crate) use directory::{is_for_hosts, may_listen};
 pub(crate) use links::is_name;
 pub use links::{Links, Security};
 pub use prefix::{Prefix, PrefixError};
+pub use rnic::{Choice, Rnic};
 pub use tenant::{Mode, Overrides, Owner, Tenant};
 
 /// Tenants of one router: a lane sleeps on a word of each, and the kernel lets it sleep on 128.
@@ -51,6 +53,8 @@ pub struct Config {
     pub links: Option<Links>,
     /// Which router serves an address.
     pub directory: Option<Directory>,
+    /// The real NIC that carries what goes to other hosts.
+    pub rnic: Rnic,
     /// Quotas of one client.
     pub limits: Limits,
     /// Trust domains with sockets of their own. Where there are none, everybody on the control socket is of one
@@ -98,6 +102,7 @@ impl Default for Config {
             direct: true,
             links: None,
             directory: None,
+            rnic: Rnic::default(),
             limits: Limits::default(),
             tenants: Vec::new(),
         }
@@ -192,7 +197,7 @@ impl Config {
                 "directory.announce is for a router without tenants; write it into each [[tenant]]".into(),
             );
         }
-        self.limits.fault("limits").or_else(|| self.tenants_fault())
+        self.rnic.fault().or_else(|| self.limits.fault("limits")).or_else(|| self.tenants_fault())
     }
 
     fn tenants_fault(&self) -> Option<String> {
@@ -327,6 +332,16 @@ mod tests {
         assert_eq!(config.limits, limits);
     }
 
+    #[test]
+    fn a_nic_is_taken_by_itself_by_name_or_not_at_all() {
+        let rnic = |text: &str| parse(text).unwrap().rnic;
+        assert_eq!(rnic("").device, Choice::Auto);
+        assert_eq!(rnic("[rnic]\ndevice = 'auto'").device, Choice::Auto);
+        assert_eq!(rnic("[rnic]\ndevice = 'off'").device, Choice::Off);
+        let named = Rnic { device: Choice::Named("mlx5_0".to_owned()), port: Some(2), gid_index: Some(3) };
+        assert_eq!(rnic("[rnic]\ndevice = 'mlx5_0'\nport = 2\ngid_index = 3"), named);
+    }
+
     const BLUE: &str = "[[tenant]]\nname = 'blue'\nsocket = '/run/ff/blue/router.sock'\n";
     const RED: &str = "[[tenant]]\nname = 'red'\nsocket = '/run/ff/red/router.sock'\n";
 
@@ -404,6 +419,10 @@ mod tests {
             ("limits.memory = '99999999999TiB'", "not a size"),
             ("limits.memory = true", "not a size"),
             ("limits.qps = 0", "limits.qps"),
+            ("rnic.device = 'ff0'", "no real device"),
+            ("rnic.device = ''", "no real device"),
+            ("rnic.port = 0", "rnic.port = 0"),
+            ("rnic.gid = 1", "gid"),
         ] {
             let message = parse(text).unwrap_err();
             assert!(message.contains(word), "{text}: {message}");

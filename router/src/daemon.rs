@@ -42,12 +42,13 @@ use crate::{
     bell::Ringer,
     broker::Broker,
     claims::Claims,
-    config::{self, Config},
+    config::{self, Choice, Config},
     directory::Directory,
     error::DaemonError,
     guard, guid,
     lane::Lane,
     link::Links,
+    rnic::{Found, Rnic},
     session::{Hello, Parting, Session, Step, Terms},
     signals::{Signals, Wish},
     tenant::Tenant,
@@ -134,6 +135,7 @@ pub struct Daemon {
     links: Option<Links>,
     /// The directory, and where it comes from.
     directory: Option<Told>,
+    rnic: Rnic,
     terms: Terms,
     sessions: BTreeMap<u32, Session>,
     next_session: u32,
@@ -179,7 +181,8 @@ impl Daemon {
         let operator = (!config.tenants.is_empty()).then(|| Tenant::operator(config));
         let names: Vec<String> = known.iter().map(|tenant| tenant.name.clone()).collect();
         let directory = directory(config, &names)?;
-        let links = links(config, directory.as_ref(), &names, &lane)?;
+        let rnic = Rnic::find(&wanted_nic(config), &lane).map_err(set_up("the NIC"))?;
+        let links = links(config, directory.as_ref(), &names, &lane, rnic.found())?;
         let listeners = std::iter::once(listener).chain(tenants);
         let doors: Vec<_> = listeners.zip(operator.into_iter().chain(known)).collect();
         let make = || -> io::Result<_> {
@@ -206,6 +209,7 @@ impl Daemon {
             links,
             terms: terms(lane, faults, directory.as_ref().map(|(directory, ..)| Arc::clone(directory))),
             directory,
+            rnic,
             sessions: BTreeMap::new(),
             next_session: FIRST_SESSION,
             clients: 0,
@@ -247,6 +251,7 @@ impl Daemon {
             }
             None => None,
         };
+        let rnic = self.rnic.start().map_err(set_up("the NIC"))?;
         let result = self.serve(&signals);
         if let (Some(of), Some(thread)) = (&self.links, links) {
             of.stop();
@@ -262,6 +267,10 @@ impl Daemon {
             }
         }
         self.finish(threads);
+        self.rnic.stop();
+        if rnic.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread of the NIC panicked");
+        }
         result
     }
 
@@ -509,6 +518,14 @@ fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, flags: epoll::EventFlags)
     Ok(epoll::add(epoll, file, epoll::EventData::new_u64(token), flags)?)
 }
 
+/// The NIC that the configuration wants. Without links to other hosts there is nothing for it to do.
+fn wanted_nic(config: &Config) -> config::Rnic {
+    match config.links {
+        Some(_) => config.rnic.clone(),
+        None => config::Rnic { device: Choice::Off, ..config.rnic.clone() },
+    }
+}
+
 /// The directory, and where it comes from.
 type Told = (Arc<Directory>, config::Links, config::Directory);
 
@@ -526,9 +543,10 @@ fn links(
     directory: Option<&Told>,
     tenants: &[String],
     lane: &Arc<Lane>,
+    nic: Option<&Found>,
 ) -> Result<Option<Links>, DaemonError> {
     let (Some(links), Some((directory, ..))) = (&config.links, directory) else { return Ok(None) };
-    let links = Links::new(links, Arc::clone(directory), tenants, lane);
+    let links = Links::new(links, Arc::clone(directory), tenants, lane, nic);
     links.map(Some).map_err(|source| DaemonError::SetUp { what: "links", source })
 }
 

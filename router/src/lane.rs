@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Access, Fabric};
+use engine::{Access, Fabric, nic::Nic};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity, sched_yield},
@@ -103,6 +103,7 @@ pub(crate) struct Lane {
     sleeps_until: AtomicU64,
     /// Who is told what is to be sent to other hosts.
     caller: OnceLock<Arc<Caller>>,
+    has_nic: AtomicBool,
 }
 
 impl Lane {
@@ -134,6 +135,7 @@ impl Lane {
             sleeps: AtomicU64::new(0),
             sleeps_until: AtomicU64::new(u64::MAX),
             caller: OnceLock::new(),
+            has_nic: AtomicBool::new(false),
         };
         Ok(Arc::new(lane))
     }
@@ -203,6 +205,20 @@ impl Lane {
     /// Sets who is told what is to be sent to other hosts.
     pub(crate) fn set_caller(&self, caller: Arc<Caller>) {
         let _ = self.caller.set(caller);
+    }
+
+    /// Gives the fabric a NIC.
+    pub(crate) fn set_nic(&self, nic: Box<dyn Nic>) {
+        self.seat.lock().fabric.set_nic(nic);
+        self.has_nic.store(true, Ordering::SeqCst);
+    }
+
+    /// Says that the NIC has told something.
+    pub(crate) fn ring(&self) {
+        fence(Ordering::SeqCst);
+        if self.page.is_asleep() {
+            self.wake();
+        }
     }
 
     /// Does something to the fabric by the thread of the links, gives the turns that follow from it, and says who is to
@@ -323,6 +339,10 @@ impl Lane {
         self.sleeps_until.store(u64::MAX, Ordering::SeqCst);
         self.page.set_doing(worker.index, Doing::Sleep);
         fence(Ordering::SeqCst);
+        if self.has_nic.load(Ordering::SeqCst) {
+            // Before the last look: what completes after it wakes this lane.
+            self.seat.lock().fabric.arm_nic();
+        }
         let look = self.look();
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
             self.sleeps_until.store(look.timer.unwrap_or(u64::MAX), Ordering::SeqCst);

@@ -10,6 +10,7 @@
 //! bell       rings clients                 client    asks a running router (command line)
 //! broker     rdma_cm: the `cm` crate with a clock
 //! link       to the routers of other hosts  directory  which of them serves an address
+//! rnic       the real NIC
 //! ```
 
 mod account;
@@ -35,6 +36,7 @@ mod memory;
 pub mod pki;
 mod region;
 mod report;
+pub mod rnic;
 mod segment;
 mod session;
 mod signals;

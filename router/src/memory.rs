@@ -166,6 +166,10 @@ impl Memory for ClientMemory {
         NonNull::new(window.as_ptr().wrapping_add(offset))
     }
 
+    fn shared(&self, mr: &MrEntry) -> Option<Window> {
+        self.mr(mr.key)?.shared.clone()
+    }
+
     #[inline]
     fn is_intact(&self) -> bool {
         !self.health.is_spoilt()

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use engine::QpSnapshot;
+use engine::{DataPath, QpSnapshot};
 use verbs_abi::verbs::QpType;
 
 use crate::{
@@ -61,6 +61,7 @@ fn queue_pair(qp: &QpSnapshot) -> Qp {
         peer_gid: connected.then(|| addresses::text(&qp.peer_gid)),
         peer_qpn: connected.then_some(qp.peer_qpn),
         mode: mode_name(qp.mode).to_owned(),
+        path: path_name(qp.path).to_owned(),
         counters: Counters {
             tx_messages: qp.messages,
             tx_bytes: qp.bytes,
@@ -79,4 +80,13 @@ fn add(total: &mut Counters, one: &Counters) {
     total.rnr_naks += one.rnr_naks;
     total.retries += one.retries;
     total.errors += one.errors;
+}
+/// The word for what a QP's messages travel by.
+fn path_name(path: Option<DataPath>) -> &'static str {
+    match path {
+        None => "",
+        Some(DataPath::Shm) => "shm",
+        Some(DataPath::Rnic) => "rnic",
+        Some(DataPath::Tcp) => "tcp",
+    }
 }

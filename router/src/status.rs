@@ -34,6 +34,8 @@ pub struct Status {
     pub routes: Vec<Route>,
     /// The directory itself.
     pub directory: Directory,
+    /// The real NIC.
+    pub rnic: Rnic,
 }
 
 /// Where it is written which router serves an address.
@@ -76,6 +78,30 @@ pub struct Announcement {
     pub router: String,
 }
 
+/// The real NIC that carries what goes to other hosts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Rnic {
+    /// `up`; `down` or `gone`: new connections go over TCP; `none`.
+    pub state: String,
+    /// Its name.
+    pub device: String,
+    /// The port in use.
+    pub port: u8,
+    /// The GID in use, as an address.
+    pub gid: String,
+    /// Its index.
+    pub gid_index: u8,
+    /// Why this one, or why none.
+    pub why: String,
+    /// Shadow queue pairs.
+    pub qps: u64,
+    /// Registrations of clients' memory.
+    pub mrs: u64,
+    /// Their bytes.
+    pub mr_bytes: u64,
+}
+
 /// Addresses that one router serves.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -104,6 +130,8 @@ pub struct Link {
     pub rx_bytes: u64,
     /// How often a connection was made, by either end.
     pub connections: u64,
+    /// Whether both ends have a NIC on a common fabric.
+    pub rnic: bool,
 }
 
 /// A listening id of rdma_cm.
@@ -232,6 +260,8 @@ pub struct Qp {
     pub peer_qpn: Option<u32>,
     /// Who executes its send queue now: `isolated` (the router) or `direct` (its owner).
     pub mode: String,
+    /// What its messages travel by: `shm` on one host, `rnic` or `tcp` to another; empty until that is decided.
+    pub path: String,
     /// Traffic of this queue pair.
     pub counters: Counters,
 }

@@ -108,6 +108,11 @@ pub(crate) fn look(named: Option<&Path>, socket: &Socket) -> Finding {
     }
 }
 
+/// What the configuration says of the real NIC; of one that is wrong, the default.
+pub(crate) fn nic(named: Option<&Path>) -> router::config::Rnic {
+    Config::load(named.unwrap_or(Path::new(SYSTEM_CONFIG))).unwrap_or_default().rnic
+}
+
 fn summary(config: &Config) -> String {
     match config.tenants.len() {
         0 => "one tenant, any address".to_owned(),

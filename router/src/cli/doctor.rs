@@ -73,6 +73,7 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
         ("namespaces", namespaces),
         ("libibverbs", host::libibverbs(&tree)),
         ("kernel RDMA", host::kernel_rdma(&tree)),
+        ("real NIC", host::real_nic(&configuration::nic(args.config.as_deref()))),
         ("configuration", configuration::look(args.config.as_deref(), &socket)),
         ("router", router(&socket)),
         ("client memory", host::process_memory()),

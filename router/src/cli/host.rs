@@ -129,6 +129,21 @@ pub(crate) fn kernel_rdma(tree: &Tree) -> Finding {
     ))
 }
 
+/// Which real NIC the router would use towards other hosts, and how much memory it may register there.
+pub(crate) fn real_nic(config: &router::config::Rnic) -> Finding {
+    let found = match router::rnic::examine(config) {
+        Ok(found) => found,
+        Err(why) => return Finding::pass(format!("none ({why}): what goes to other hosts goes over TCP")),
+    };
+    match router::rnic::memory_limit() {
+        None => Finding::pass(found),
+        Some(limit) => Finding::warn(
+            format!("{found}; {} MiB of clients' memory can be registered", limit >> 20),
+            "for more: LimitMEMLOCK=infinity of the service, --ulimit memlock=-1 of the container, or CAP_IPC_LOCK",
+        ),
+    }
+}
+
 /// Whether a process's memory can be reached the way the router does it.
 pub(crate) fn process_memory() -> Finding {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/proc/self/mem") {

@@ -3,7 +3,7 @@
 use std::{fmt::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
-use router::status::{Announcement, Client, Directory, Lane, Link, Qp, Status};
+use router::status::{Announcement, Client, Directory, Lane, Link, Qp, Rnic, Status};
 
 use super::{
     Failure,
@@ -117,17 +117,35 @@ fn text(status: &Status) -> String {
     ];
     table(&mut text, "clients", &columns, clients);
     let qps = status.qps.iter().map(qp_row).collect();
-    let columns =
-        ["QPN", "CLIENT", "TYPE", "STATE", "MODE", "TX MSGS", "TX BYTES", "RX MSGS", "RX BYTES", "PEER"];
+    let columns = [
+        "QPN", "CLIENT", "TYPE", "STATE", "MODE", "PATH", "TX MSGS", "TX BYTES", "RX MSGS", "RX BYTES",
+        "PEER",
+    ];
     table(&mut text, "queue pairs", &columns, qps);
     let listeners = status.listeners.iter();
     let listeners = listeners.map(|l| vec![l.pid.to_string(), l.space.clone(), l.address.clone()]).collect();
     table(&mut text, "rdma_cm listeners", &["PID", "SPACE", "ADDRESS"], listeners);
     let links = status.links.iter().map(link_row).collect();
-    let columns = ["ROUTER", "ADDRESS", "STATE", "TX BYTES", "RX BYTES", "CONNECTIONS"];
+    let columns = ["ROUTER", "ADDRESS", "STATE", "TX BYTES", "RX BYTES", "CONNECTIONS", "RNIC"];
     table(&mut text, "links", &columns, links);
     directory(&mut text, &status.directory);
+    rnic(&mut text, &status.rnic);
     text
+}
+
+/// The real NIC, where the router tells of it.
+fn rnic(text: &mut String, rnic: &Rnic) {
+    let Rnic { state, device, port, gid, gid_index, why, qps, mrs, mr_bytes } = rnic;
+    let _ = match state.as_str() {
+        "" => Ok(()),
+        "none" => writeln!(text, "\nrnic: none ({})", printable(why)),
+        _ => writeln!(
+            text,
+            "\nrnic: {device} port {port}, GID {gid_index} {gid}, {state} ({}); {qps} shadow QPs, {mrs} MRs, {} bytes",
+            printable(why),
+            size(*mr_bytes),
+        ),
+    };
 }
 
 fn link_row(link: &Link) -> Vec<String> {
@@ -138,6 +156,7 @@ fn link_row(link: &Link) -> Vec<String> {
         size(link.tx_bytes),
         size(link.rx_bytes),
         link.connections.to_string(),
+        if link.rnic { "yes" } else { "no" }.to_owned(),
     ]
 }
 
@@ -179,6 +198,7 @@ fn qp_row(qp: &Qp) -> Vec<String> {
         qp.transport.clone(),
         qp.state.clone(),
         qp.mode.clone(),
+        if qp.path.is_empty() { "-".to_owned() } else { qp.path.clone() },
         qp.counters.tx_messages.to_string(),
         size(qp.counters.tx_bytes),
         qp.counters.rx_messages.to_string(),

@@ -67,6 +67,7 @@ impl Daemon {
             if let Some((directory, ..)) = &self.directory {
                 (status.routes, status.directory) = (directory.routes(), directory.status());
             }
+            status.rnic = self.rnic.status();
         }
         status
     }

@@ -7,7 +7,7 @@
 use engine::wire::packet;
 use serde::{Deserialize, Serialize};
 
-use crate::config::MAX_TENANTS;
+use crate::{config::MAX_TENANTS, rnic::Found};
 
 const MAGIC: [u8; 8] = *b"FREEFLOW";
 const PREFIX: usize = 12;
@@ -23,6 +23,33 @@ pub(crate) struct Hello {
     pub(crate) name: String,
     /// Its tenants, by its numbers.
     pub(crate) tenants: Vec<String>,
+    /// Its NIC, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) nic: Option<NicWord>,
+}
+
+/// What a router says of its NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NicWord {
+    /// Its GID.
+    pub(crate) gid: [u8; 16],
+    /// Whether it is RoCE.
+    pub(crate) is_ethernet: bool,
+}
+
+impl NicWord {
+    pub(crate) fn of(found: &Found) -> Self {
+        Self { gid: found.gid, is_ethernet: found.is_ethernet }
+    }
+
+    /// Whether the two may reach each other. Over Ethernet that is found out when they try.
+    fn shares_fabric(&self, other: &Self) -> bool {
+        match (self.is_ethernet, other.is_ethernet) {
+            (true, true) => true,
+            (false, false) => self.gid[..8] == other.gid[..8],
+            _ => false,
+        }
+    }
 }
 
 /// What a peer said instead.
@@ -41,7 +68,12 @@ pub(crate) enum BadHello {
 impl Hello {
     /// That of this router.
     pub(crate) fn new(name: &str, tenants: &[String]) -> Self {
-        Self { version: packet::VERSION, name: name.to_owned(), tenants: tenants.to_vec() }
+        Self { version: packet::VERSION, name: name.to_owned(), tenants: tenants.to_vec(), nic: None }
+    }
+
+    /// Whether both have NICs on a common fabric.
+    pub(crate) fn shares_fabric(&self, other: &Self) -> bool {
+        self.nic.as_ref().zip(other.nic.as_ref()).is_some_and(|(ours, theirs)| ours.shares_fabric(theirs))
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -88,6 +120,21 @@ mod tests {
             assert!(matches!(Hello::decode(&bytes[..part]), Ok(None)), "{part}");
         }
         assert_eq!(Hello::decode(&bytes).unwrap(), Some((hello, length)));
+    }
+
+    #[test]
+    fn nics_share_a_fabric_on_ethernet_or_in_one_subnet() {
+        let host = |gid: u8, is_ethernet| Hello {
+            nic: Some(NicWord { gid: [gid; 16], is_ethernet }),
+            ..Hello::new("a", &[])
+        };
+        assert!(host(1, true).shares_fabric(&host(2, true)));
+        assert!(host(1, false).shares_fabric(&host(1, false)));
+        assert!(!host(1, false).shares_fabric(&host(2, false)));
+        assert!(!host(1, true).shares_fabric(&host(1, false)));
+        assert!(!host(1, true).shares_fabric(&Hello::new("b", &[])));
+        let bytes = host(3, true).encode();
+        assert_eq!(Hello::decode(&bytes).unwrap(), Some((host(3, true), bytes.len())));
     }
 
     #[test]

@@ -36,9 +36,10 @@ use crate::{
     config::{self, Security},
     directory::{Directory, Peer},
     lane::Lane,
+    rnic::Found,
     status,
 };
-use hello::Hello;
+use hello::{Hello, NicWord};
 pub(crate) use tls::{Tls, etcd_tls};
 use worker::Worker;
 use writer::{Progress, Writer};
@@ -126,6 +127,8 @@ impl Caller {
 #[derive(Debug, Default)]
 struct Traffic {
     is_up: AtomicBool,
+    /// Whether both ends have a NIC on a common fabric.
+    has_nic: AtomicBool,
     sent: AtomicU64,
     received: AtomicU64,
     /// Connections made, either way.
@@ -151,6 +154,7 @@ impl Links {
         directory: Arc<Directory>,
         tenants: &[String],
         lane: &Arc<Lane>,
+        nic: Option<&Found>,
     ) -> io::Result<Self> {
         let tls = match config.security {
             Security::Tls => Some(Tls::load(config).map_err(io::Error::other)?),
@@ -164,7 +168,7 @@ impl Links {
         Ok(Self {
             lane: Arc::clone(lane),
             caller,
-            hello: Hello::new(&config.name, tenants),
+            hello: Hello { nic: nic.map(NicWord::of), ..Hello::new(&config.name, tenants) },
             tls,
             directory,
             listener: Some(listener),
@@ -196,6 +200,7 @@ impl Links {
                 tx_bytes: traffic.sent.load(Ordering::Relaxed),
                 rx_bytes: traffic.received.load(Ordering::Relaxed),
                 connections: traffic.made.load(Ordering::Relaxed),
+                rnic: traffic.has_nic.load(Ordering::Relaxed),
             })
         };
         self.directory.peers().into_iter().zip(0..).filter_map(link).collect()

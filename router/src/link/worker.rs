@@ -386,8 +386,13 @@ impl Worker {
             self.caller.set_writer(number, Some(Arc::clone(&connection.writer)));
         }
         let tenants = self.common_tenants(hello);
-        self.change(|fabric| fabric.link_up(number, tenants));
+        let has_nic = self.hello.shares_fabric(hello);
+        self.change(|fabric| {
+            fabric.set_peer_nic(number, has_nic);
+            fabric.link_up(number, tenants);
+        });
         let traffic = self.caller.traffic(number);
+        traffic.has_nic.store(has_nic, Ordering::Relaxed);
         traffic.is_up.store(true, Ordering::Relaxed);
         traffic.made.fetch_add(1, Ordering::Relaxed);
         tracing::info!(router = hello.name, dialed, "link up");

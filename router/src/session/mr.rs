@@ -161,6 +161,7 @@ impl Client {
         let Range { start: shared_start, end: shared_end } = range.clone().unwrap_or_default();
         let entry = MrEntry { key, pd, access, iova, addr, len, shared_start, shared_end };
         self.lane.with(|fabric| {
+            fabric.end_registration(self.id, key);
             if let Some(memory) = fabric.memory_mut(self.id) {
                 memory.insert(entry, window);
             }
@@ -180,6 +181,7 @@ impl Client {
                 }
                 memory.remove(key);
             }
+            fabric.end_registration(self.id, key);
             Some(())
         });
         if free.is_none() {
@@ -205,7 +207,8 @@ impl Client {
         let Some(mr) = self.mrs.get_mut(&key) else { return true };
         let (quiet, ended) = self.lane.with(|fabric| {
             let mark = *mr.mark.get_or_insert_with(|| fabric.access_mark(self.id));
-            (fabric.is_quiet(self.id), !mr.foreign || fabric.has_passed(self.id, mark))
+            let passed = !mr.foreign || fabric.has_passed(self.id, mark);
+            (fabric.is_quiet(self.id), passed && !fabric.is_deregistering(self.id, key))
         });
         ended && (quiet || last)
     }
