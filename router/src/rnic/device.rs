@@ -124,13 +124,14 @@ impl Device {
         Err(why_not)
     }
 
-    /// Whether the device is still there, and its port works. `None`: it is gone.
-    pub(super) fn state(&self) -> Option<bool> {
-        let node = Path::new("/sys/class/infiniband_verbs").join(self.context.node());
-        if !node.exists() {
-            return None;
-        }
-        Some(self.context.port(self.found.port).is_ok_and(|port| port.state == IBV_PORT_ACTIVE))
+    /// Whether the device is still there.
+    pub(super) fn is_there(&self) -> bool {
+        Path::new("/sys/class/infiniband_verbs").join(self.context.node()).exists()
+    }
+
+    /// Whether its port works.
+    pub(super) fn works(&self) -> bool {
+        self.context.port(self.found.port).is_ok_and(|port| port.state == IBV_PORT_ACTIVE)
     }
 }
 

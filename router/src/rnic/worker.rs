@@ -42,8 +42,10 @@ use crate::{config, lane::Lane, throttle::Throttle};
 const BOUNCE: usize = 8 << 20;
 /// Entries of a CQ, where the device takes as many.
 const ENTRIES: u32 = 16 * 1024;
-/// How often the device is looked after.
+/// How often it is looked whether the device is still there.
 const LOOK: Duration = Duration::from_millis(500);
+/// Such looks for each one at its port, whose changes are told by events.
+const PORT_LOOKS: u32 = 20;
 /// Orders between two looks at the rest.
 const ORDERS: usize = 64;
 
@@ -112,7 +114,7 @@ impl Worker {
     pub(super) fn serve(mut self) {
         let mut holdings = self.device.take().and_then(|device| self.take_over(device));
         let mut gone = false;
-        let mut looked = Instant::now();
+        let (mut looked, mut looks) = (Instant::now(), 0_u32);
         while !self.shared.stopping.load(Ordering::SeqCst) {
             self.wait(holdings.as_ref());
             let mut told = false;
@@ -132,9 +134,9 @@ impl Worker {
                 gone = self.hear_device(holdings);
             }
             if looked.elapsed() >= LOOK {
-                looked = Instant::now();
+                (looked, looks) = (Instant::now(), looks.wrapping_add(1));
                 match &holdings {
-                    Some(holdings) if !gone => gone = self.look(holdings),
+                    Some(holdings) if !gone => gone = self.look(holdings, looks % PORT_LOOKS == 0),
                     None => {
                         gone = false;
                         holdings = self.find_again();
@@ -225,10 +227,12 @@ impl Worker {
     }
 
     /// True: the device is gone.
-    fn look(&self, holdings: &Holdings) -> bool {
-        match holdings.device.state() {
-            None => return true,
-            Some(works) => self.port_is(holdings, works),
+    fn look(&self, holdings: &Holdings, at_port: bool) -> bool {
+        if !holdings.device.is_there() {
+            return true;
+        }
+        if at_port {
+            self.port_is(holdings, holdings.device.works());
         }
         false
     }
