@@ -246,7 +246,8 @@ impl<M: Memory> Fabric<M> {
             shadow: shadow.id,
             psn: shadow.mine.psn,
             timeout: attr.timeout,
-            retry_cnt: attr.retry_cnt,
+            // Soft-RoCE takes 7 for ever.
+            retry_cnt: attr.retry_cnt.min(6),
             rnr_retry: rnr_retries(attr.rnr_retry),
             rd_atomic: attr.max_rd_atomic.min(limits.rd_atomic).min(served).max(1),
         };
