@@ -176,7 +176,7 @@ unsafe extern "C" fn alloc_context(
     edge::pointer(|| {
         // SAFETY: libibverbs passes a descriptor that it opened and hands over.
         let cmd_fd = (cmd_fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(cmd_fd) });
-        let cmd_fd = cmd_fd.map_or_else(command_descriptor, |node| forbid_commands(node))?;
+        let cmd_fd = cmd_fd.map_or_else(command_descriptor, forbid_commands)?;
         let verbs = verbs().ok_or(Errno::NODEV)?;
         // SAFETY: libibverbs passes one of its devices, whose name is a C string.
         let name = unsafe { CStr::from_ptr((*device).name.as_ptr()) }.to_string_lossy();
