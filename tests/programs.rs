@@ -1,5 +1,5 @@
-//! Promise: other people's programs run over verbs with nothing set by hand: UCX, libfabric, fio and qperf, as Debian
-//! ships them. A program that is not installed is skipped, loudly.
+//! Promise: other people's programs run over verbs with nothing set by hand: UCX, libfabric, fio, qperf and Open MPI, as
+//! Debian ships them. A program that is not installed is skipped, loudly.
 
 mod common;
 
@@ -44,7 +44,69 @@ fn main() -> ExitCode {
             .concat()
             .into_iter()
             .map(|program| trial(&stage, program))
+            .chain(open_mpi().into_iter().map(|(name, words)| mpi_trial(&stage, name, words)))
             .collect()
+    })
+}
+
+/// Open MPI over each of the libraries that it can use verbs through. By itself it takes UCX for certain vendors' devices
+/// alone, so it is told to take any.
+fn open_mpi() -> Vec<(&'static str, &'static [&'static str])> {
+    vec![
+        (
+            "Open MPI over UCX",
+            &[
+                "--mca",
+                "pml",
+                "ucx",
+                "--mca",
+                "osc",
+                "ucx",
+                "--mca",
+                "pml_ucx_tls",
+                "any",
+                "--mca",
+                "pml_ucx_devices",
+                "any",
+                "-x",
+                "UCX_TLS=rc_verbs,ud_verbs,self",
+                "-x",
+                "UCX_NET_DEVICES=ff0:1",
+            ],
+        ),
+        (
+            "Open MPI over libfabric",
+            &[
+                "--mca",
+                "pml",
+                "cm",
+                "--mca",
+                "mtl",
+                "ofi",
+                "--mca",
+                "mtl_ofi_provider_include",
+                "verbs;ofi_rxm",
+            ],
+        ),
+    ]
+}
+
+fn mpi_trial(stage: &Stage, name: &'static str, options: &'static [&'static str]) -> Trial {
+    const RANKS: usize = 2;
+    stage.trial(name, move |bed| {
+        if !has_program("mpirun") {
+            common::skip(name, "mpirun is not installed");
+            return Ok(());
+        }
+        let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mpi.py");
+        let ranks = RANKS.to_string();
+        let begin = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", &ranks];
+        let words: Vec<String> =
+            [&begin, options, &["python3", program]].concat().into_iter().map(str::to_owned).collect();
+        let outcome = Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()?;
+        let well = (0..RANKS).all(|rank| outcome.stdout.contains(&format!("rank {rank} of {RANKS}: well")));
+        ensure!(outcome.succeeded() && well, "{}", outcome.report());
+        Ok(())
     })
 }
 

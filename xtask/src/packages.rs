@@ -45,9 +45,10 @@ pub(crate) const ALLOCATORS: [Package; 2] = [
 ];
 
 /// Other people's programs over verbs; the tests of those that are missing are skipped.
-pub(crate) const PROGRAMS: [Package; 4] = [
+pub(crate) const PROGRAMS: [Package; 5] = [
     package("ucx-utils", "ucx_perftest", "UCX over verbs"),
     package("libfabric-bin", "fi_pingpong", "libfabric over verbs"),
+    package("openmpi-bin", "mpirun", "an MPI, over UCX and over libfabric"),
     package("fio", "fio", "a storage benchmark with an engine for RDMA"),
     package("qperf", "qperf", "a network benchmark with tests for RDMA"),
 ];
