@@ -11,6 +11,9 @@ use verbs_abi::{
 const RNR_FOR_EVER: u8 = 7;
 /// How long such a request pauses at least, ns; a short RNR timer would keep a lane busy for nothing.
 const LONG_PAUSE: u64 = 10_000_000;
+/// How long a peer may take to post a receive where no retry was asked for, ns. Between two machines the message would be
+/// under way meanwhile, and programs rest on that: here it comes at once, to a process that must be given a core first.
+const GRACE: u64 = 100_000_000;
 
 /// The attributes of a QP.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,7 +51,7 @@ impl Retry {
     /// A new work request.
     #[inline]
     pub(crate) fn begin(&mut self) {
-        (self.timeouts_left, self.rnr_left) = (self.limits.retry_cnt, self.limits.rnr_retry);
+        (self.timeouts_left, self.rnr_left) = (self.limits.retry_cnt, self.limits.rnr_retry.max(1));
         (self.deadline, self.rnr_until) = (None, None);
     }
 
@@ -86,6 +89,9 @@ impl Retry {
             pause = pause.max(LONG_PAUSE);
         } else {
             self.rnr_left = self.rnr_left.checked_sub(1).ok_or(WcStatus::RnrRetryExcErr)?;
+            if self.limits.rnr_retry == 0 {
+                pause = GRACE;
+            }
         }
         self.deadline = None;
         let until = now.saturating_add(pause);

@@ -16,6 +16,7 @@ const REMOTE_ATOMIC: u32 = 8;
 const GRH: usize = 40;
 /// How long a requester that never gives up pauses at least, ns.
 const LONG_PAUSE: u64 = 10_000_000;
+const GRACE: u64 = 100_000_000;
 
 /// What a key opens.
 #[derive(Clone, Copy, Debug)]
@@ -274,7 +275,7 @@ impl Model {
 
     fn attempt(&mut self, at: usize, send: &Send, now: u64) {
         if self.ends[at].wait.is_none() {
-            self.ends[at].rnr_left = self.attributes.rnr_retry;
+            self.ends[at].rnr_left = self.attributes.rnr_retry.max(1);
             self.ends[at].tries_left = self.attributes.retry_cnt;
         }
         match self.execute(at, send) {
@@ -295,6 +296,9 @@ impl Model {
             return self.fail(at, WcStatus::RnrRetryExcErr);
         } else {
             self.ends[at].rnr_left -= 1;
+            if self.attributes.rnr_retry == 0 {
+                pause = GRACE;
+            }
         }
         self.ends[at].wait = Some(Wait::Receive { until: now + pause });
     }
