@@ -14,13 +14,22 @@ use crate::Bell;
 pub struct CompletionQueue {
     area: CqArea,
     bell: Option<Arc<dyn Bell>>,
+    /// Told when it overruns.
+    alarm: Option<Arc<dyn Bell>>,
 }
 
 impl CompletionQueue {
     /// The CQ at `area`, whose completion channel (if any) is woken by `bell`.
     #[must_use]
     pub fn new(area: CqArea, bell: Option<Arc<dyn Bell>>) -> Self {
-        Self { area, bell }
+        Self { area, bell, alarm: None }
+    }
+
+    /// The same, with somebody who is told when it overruns.
+    #[must_use]
+    pub fn with_alarm(mut self, alarm: Arc<dyn Bell>) -> Self {
+        self.alarm = Some(alarm);
+        self
     }
 
     fn publish(&self, slot: u32, solicited: bool) {
@@ -28,6 +37,18 @@ impl CompletionQueue {
             && let Some(bell) = &self.bell
         {
             bell.ring();
+        }
+        if self.area.is_counted() {
+            self.count();
+        }
+    }
+
+    #[cold]
+    fn count(&self) {
+        if self.area.count()
+            && let Some(alarm) = &self.alarm
+        {
+            alarm.ring();
         }
     }
 }
@@ -66,6 +87,16 @@ impl Completions {
         if count != self.writer.tail() {
             self.writer.seek(count);
         }
+    }
+
+    /// Whether the CQ has overrun.
+    pub(crate) fn is_overrun(&self) -> bool {
+        self.cq.area.is_overrun()
+    }
+
+    /// The ring is being emptied, of which its owner says that it polled so many.
+    pub(crate) fn forget(&self, polled: u64) {
+        self.cq.area.forget(self.writer.tail().wrapping_sub(polled).min(self.writer.entries()));
     }
 
     /// Takes over from a seat that died: whatever it published counts, `most` entries from `count` on, and is

@@ -20,6 +20,7 @@ mod foreign;
 mod inbox;
 mod memory;
 pub mod nic;
+mod pace;
 mod place;
 mod requester;
 mod responder;
@@ -34,8 +35,8 @@ pub mod wire;
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
 pub use fabric::{
-    ATTR_LIMITS, ClientInit, Control, Controls, DataPath, Fabric, MAX_WORDS, Modified, QpInit, QpSnapshot,
-    Routing, SrqInit, XrcInit,
+    ATTR_LIMITS, ClientInit, Control, Controls, DataPath, Fabric, MAX_RATE, MAX_WORDS, Modified, QpInit,
+    QpSnapshot, Routing, SrqInit, XrcInit,
 };
 pub use foreign::{Access, Foreign};
 pub use memory::{Fault, Memory};

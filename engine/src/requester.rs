@@ -212,6 +212,17 @@ impl Requester {
         let _ = self.resume();
     }
 
+    /// Whether the CQ of its completions has overrun.
+    pub(crate) fn has_overrun(&self) -> bool {
+        self.completions.is_overrun()
+    }
+
+    /// Its completions that are not polled never will be (router).
+    pub(crate) fn forget_unpolled(&self) {
+        let [polled, _] = self.area.header.polled();
+        self.completions.forget(polled.load(Ordering::Relaxed));
+    }
+
     /// Copies the WQE at the head out, unless that is done already.
     #[inline]
     pub fn fetch(&mut self) -> Fetch {
@@ -242,6 +253,16 @@ impl Requester {
     /// The SRQ that the fetched work request names (XRC).
     pub(crate) fn srqn(&self) -> u32 {
         self.wqe.srqn
+    }
+
+    /// Whether what was fetched last is a READ.
+    pub(crate) fn reads(&self) -> bool {
+        u32::from(self.wqe.opcode) == Opcode::Read.value()
+    }
+
+    /// Bytes of what was fetched last.
+    pub(crate) fn length(&self) -> u64 {
+        self.wqe.length()
     }
 
     /// Where the fetched datagram goes.

@@ -244,6 +244,17 @@ impl Responder {
         self.area.header.rq_ring_me().store(0, Ordering::Relaxed);
     }
 
+    /// Whether the CQ of its completions has overrun.
+    pub(crate) fn has_overrun(&self) -> bool {
+        self.completions.is_overrun()
+    }
+
+    /// Its completions that are not polled never will be (router).
+    pub(crate) fn forget_unpolled(&self) {
+        let [_, polled] = self.area.header.polled();
+        self.completions.forget(polled.load(Ordering::Relaxed));
+    }
+
     /// Takes over from a direct peer that may have been killed in the middle of something (router).
     pub(crate) fn roll_forward(&mut self) {
         if let Some((done, ahead)) = self.left_off() {

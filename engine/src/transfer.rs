@@ -15,6 +15,9 @@ use crate::{
 /// Bytes of a slice that is not all mapped: what a QP may have in buffers.
 pub(crate) const STAGED_SLICE: u64 = 64 * 1024;
 
+/// What is read of a null MR at a time.
+static ZEROS: [u8; 4096] = [0; 4096];
+
 /// One side of a transfer.
 #[derive(Debug)]
 pub(crate) enum Side<'a, M> {
@@ -88,18 +91,22 @@ impl<'a, M: Memory> Cursor<'a, M> {
         Self { side, index, offset: skip }
     }
 
-    /// The piece here and how long it is, at most `want`. `None`: the list ends, or what was mapped is not any more.
+    /// The piece here, unless a null MR is, and how long it is, at most `want`. `None`: the list ends, or what was
+    /// mapped is not any more.
     #[inline]
-    fn piece(&self, want: u64) -> Option<(NonNull<u8>, usize)> {
+    fn piece(&self, want: u64) -> Option<(Option<NonNull<u8>>, usize)> {
         match self.side {
             Side::Bytes(bytes) => {
                 let rest = bytes.get(self.offset as usize..).filter(|rest| !rest.is_empty())?;
-                Some((NonNull::from(rest).cast(), rest.len().min(want as usize)))
+                Some((Some(NonNull::from(rest).cast()), rest.len().min(want as usize)))
             }
             Side::Spans(memory, spans) => {
                 let span = spans.get(self.index)?;
                 let len = (span.len - self.offset).min(want) as usize;
-                Some((memory.mapped(&span.mr, span.addr + self.offset, len)?, len))
+                if span.mr.is_null() {
+                    return Some((None, len.min(ZEROS.len())));
+                }
+                Some((Some(memory.mapped(&span.mr, span.addr + self.offset, len)?), len))
             }
         }
     }
@@ -175,9 +182,12 @@ fn copy<M: Memory>(from: Side<'_, M>, to: (&M, &[Span]), skip: (u64, u64), len: 
     while left > 0 {
         let (read, most) = source.piece(left).ok_or(Broken::Source)?;
         let (write, n) = target.piece(most as u64).ok_or(Broken::Target)?;
-        // SAFETY: both pointers are valid for `n` bytes as `Memory::mapped` promises (or lie in a slice that is
-        // borrowed for the whole transfer).
-        unsafe { place(read.as_ptr(), write.as_ptr(), n) };
+        let read = read.unwrap_or(NonNull::from(&ZEROS).cast());
+        if let Some(write) = write {
+            // SAFETY: both pointers are valid for `n` bytes as `Memory::mapped` promises (or lie in a slice that is
+            // borrowed for the whole transfer, or are zeros of which a piece is no longer).
+            unsafe { place(read.as_ptr(), write.as_ptr(), n) };
+        }
         source.advance(n);
         target.advance(n);
         left -= n as u64;
@@ -272,7 +282,9 @@ impl Piece<'_> {
     /// Copies it into the slice's buffer, if it is mapped.
     fn take(&self, memory: &impl Memory, into: &mut [u8]) -> Result<(), ()> {
         let Run { addr, at, len } = self.run;
-        if self.mapped {
+        if self.span.mr.is_null() {
+            into.get_mut(at..at + len).ok_or(())?.fill(0);
+        } else if self.mapped {
             let from = memory.mapped(&self.span.mr, addr, len).ok_or(())?;
             let into = into.get_mut(at..at + len).ok_or(())?;
             // SAFETY: the pointer is valid for `len` bytes as `Memory::mapped` promises; the buffer is ours.
@@ -284,7 +296,7 @@ impl Piece<'_> {
     /// Places it from the slice's buffer, if it is mapped.
     fn put(&self, memory: &impl Memory, from: &[u8]) -> Result<(), ()> {
         let Run { addr, at, len } = self.run;
-        if self.mapped {
+        if self.mapped && !self.span.mr.is_null() {
             let to = memory.mapped(&self.span.mr, addr, len).ok_or(())?;
             let from = from.get(at..at + len).ok_or(())?;
             // SAFETY: as above.

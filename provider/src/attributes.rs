@@ -10,6 +10,7 @@ use crate::abi::library::Verbs;
 use crate::clock;
 use crate::dm;
 use crate::gid::TABLE_LEN;
+use crate::moderation;
 
 /// Reads and atomics that a QP may have outstanding, either way.
 const MAX_RD_ATOM: i32 = 16;
@@ -23,7 +24,7 @@ const MAX_MESSAGE: u32 = 1 << 30;
 const WIDTH_4X: u8 = 2;
 const SPEED_25G: u8 = 32;
 /// What devices without an OUI of their own say.
-const VENDOR: u32 = 0xff_ffff;
+pub(crate) const VENDOR: u32 = 0xff_ffff;
 /// A part number that perftest knows (it looks at the number alone): on others it silently drops inline data and the
 /// extended post-send interface. No program can take it for the real part, whose vendor id it lacks.
 const PART: u32 = 4119;
@@ -90,6 +91,16 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     all.hca_core_clock = clock::FREQUENCY;
     all.completion_timestamp_mask = u64::MAX;
     all.max_dm_size = dm::MAX_TOTAL;
+    all.packet_pacing_caps = ffi::ibv_packet_pacing_caps {
+        qp_rate_limit_min: 1,
+        qp_rate_limit_max: engine::MAX_RATE,
+        supported_qpts: [ffi::IBV_QPT_RC, ffi::IBV_QPT_UC, ffi::IBV_QPT_UD, ffi::IBV_QPT_XRC_SEND]
+            .map(|kind| 1 << kind)
+            .into_iter()
+            .sum(),
+    };
+    all.cq_mod_caps =
+        ffi::ibv_cq_moderation_caps { max_cq_count: moderation::MAX, max_cq_period: moderation::MAX };
     on_demand(&mut all);
     all
 }

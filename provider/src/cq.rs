@@ -3,9 +3,11 @@
 use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 use verbs_abi::ffi::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_pd, ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
+    IBV_CQ_ATTR_MODERATE, ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_modify_cq_attr, ibv_pd,
+    ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
 };
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::cq::{Arm, CqArea};
@@ -17,8 +19,12 @@ use crate::context::Context;
 use crate::device;
 use crate::event::{self, Channel, CqEvents};
 use crate::lock::Lock;
+use crate::moderation::Moderation;
 use crate::pd::Pd;
-use crate::poll::Rings;
+use crate::poll::{Rings, Side};
+use crate::qp::Qp;
+use crate::srq::Srq;
+use crate::watch::{self, Timed};
 
 /// Polls that find nothing before the thread steps aside.
 const IDLE_POLLS: u32 = 1024;
@@ -44,12 +50,26 @@ pub(crate) struct Cq {
     pub(crate) rings: Lock<Rings>,
     pub(crate) bell: Arc<Bell>,
     channel: Option<Arc<Channel>>,
+    pub(crate) moderation: Moderation,
+}
+
+impl Timed for Cq {
+    fn expire(&self, now: Instant) -> Option<Instant> {
+        let (due, again) = self.moderation.expire(now);
+        if due.is_some_and(|held| self.events.area.release(held))
+            && let Some(channel) = &self.channel
+        {
+            channel.tick();
+        }
+        again
+    }
 }
 
 impl Cq {
     /// A CQ without rings.
     pub(crate) fn new(id: u32, events: Arc<CqEvents>, bell: &Arc<Bell>, channel: Option<Arc<Channel>>) -> Cq {
-        Cq { id, events, rings: Lock::new(Rings::default()), bell: Arc::clone(bell), channel }
+        let rings = Lock::new(Rings::default());
+        Cq { id, events, rings, bell: Arc::clone(bell), channel, moderation: Moderation::default() }
     }
 
     /// The CQ that C names.
@@ -69,6 +89,7 @@ impl Cq {
         let taken = rings.take(&self.events.area, limit, emit);
         if taken > 0 {
             rings.idle = 0;
+            rings.overrun.took(taken, &self.events.area);
             return taken;
         }
         rings.idle = rings.idle.wrapping_add(1);
@@ -85,13 +106,47 @@ impl Cq {
         }
     }
 
+    /// The event that was asked for waits no longer than until then.
+    #[cold]
+    fn hold(self: &Arc<Self>, held: u16, until: Instant) {
+        let timed: Arc<dyn Timed> = Arc::clone(self) as _;
+        if self.moderation.start(until, held) && !watch::at(until, &timed) {
+            // Nobody would look at the clock.
+            self.expire(until);
+        }
+    }
+
     /// What wakes its completion channel, if it has one.
     pub(crate) fn channel_bell(&self) -> Option<Arc<dyn engine::Bell>> {
         self.channel.clone().map(|channel| channel as Arc<dyn engine::Bell>)
     }
 
-    fn arm(&self, arm: Arm) {
-        self.events.area.arm(arm);
+    /// Gathers the completions of a QP at the slot that the router chose.
+    pub(crate) fn attach(&self, slot: u32, side: Side, qp: &Arc<Qp>) {
+        let mut rings = self.rings.lock();
+        rings.attach(slot, side, qp);
+        rings.check_overrun(&self.events.area);
+    }
+
+    /// The same for an XRC queue.
+    pub(crate) fn attach_srq(&self, slot: u32, srq: &Arc<Srq>) {
+        let mut rings = self.rings.lock();
+        rings.attach_srq(slot, srq);
+        rings.check_overrun(&self.events.area);
+    }
+
+    /// It has so many entries from now on; 0: it never overruns.
+    pub(crate) fn set_entries(&self, rings: &mut Rings, entries: u32) {
+        rings.overrun.set_entries(entries, &self.events.area);
+        rings.check_overrun(&self.events.area);
+    }
+
+    fn arm(self: &Arc<Self>, arm: Arm) {
+        let (held, period) = self.moderation.held();
+        let is_new = self.events.area.arm(arm, held);
+        if held != 0 && is_new {
+            self.hold(held, Instant::now() + period);
+        }
         if self.bell.health().is_dead()
             && self.rings.lock().has_outstanding()
             && self.events.area.publish(0, true)
@@ -112,6 +167,8 @@ pub(crate) unsafe extern "C" fn create(
     edge::pointer(|| unsafe {
         let channel = (!channel.is_null()).then(|| (*channel).fd);
         let object = new(context, u32::try_from(cqe).unwrap_or(0), channel, comp_vector as u32)?;
+        let (own, cqe) = (Cq::of(object.cast()), (*object).public.cqe as u32);
+        own.set_entries(&mut own.rings.lock(), cqe);
         Ok(object.cast())
     })
 }
@@ -135,6 +192,7 @@ pub(crate) unsafe fn new(
         Some(fd) => Some(device.channels.find(fd).ok_or(Errno::BADF)?),
         None => None,
     };
+    let cqe = given(cqe, device.welcome.limits.max_cqe);
     let handle = channel.as_ref().map(|channel| channel.handle(&device.link)).transpose()?;
     let answer = device.link.ask(&Request::CreateCq { cqe, channel: handle }, &[])?;
     let (Answer::Cq { cq: id, cqe, offset }, _) = answer else { return Err(Errno::PROTO) };
@@ -166,6 +224,11 @@ pub(crate) unsafe fn new(
     Ok(object)
 }
 
+/// The entries of a CQ that is asked for with so many: as for every queue in a ring, one less than a power of two.
+fn given(cqe: u32, max_cqe: u32) -> u32 {
+    cqe.max((u64::from(cqe) + 1).next_power_of_two().min(u64::from(max_cqe) + 1) as u32 - 1)
+}
+
 pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes a live CQ of ours, whose context is open.
@@ -194,7 +257,8 @@ pub(crate) unsafe extern "C" fn destroy(cq: *mut ibv_cq) -> c_int {
     })
 }
 
-/// Gives a CQ another size: a number alone, as its rings hold whatever its QPs can complete.
+/// Gives a CQ another size: a number alone, as its rings hold whatever its QPs can complete. One that ignores overruns
+/// goes on to do so.
 pub(crate) unsafe extern "C" fn resize(cq: *mut ibv_cq, cqe: c_int) -> c_int {
     edge::status(|| {
         // SAFETY: libibverbs passes a live CQ of ours, whose context is open.
@@ -202,12 +266,16 @@ pub(crate) unsafe extern "C" fn resize(cq: *mut ibv_cq, cqe: c_int) -> c_int {
         device.health().check_owner()?;
         let wanted = u32::try_from(cqe).ok().filter(|&cqe| cqe > 0 && cqe <= device.welcome.limits.max_cqe);
         let wanted = wanted.ok_or(Errno::INVAL)?;
-        let rings = own.rings.lock();
+        let mut rings = own.rings.lock();
         if rings.filled() > u64::from(wanted) {
             return Err(Errno::INVAL);
         }
+        let entries = given(wanted, device.welcome.limits.max_cqe);
+        if rings.overrun.is_heeded() {
+            own.set_entries(&mut rings, entries);
+        }
         // SAFETY: as above; the field is written under the lock of the rings.
-        unsafe { (*cq).cqe = cqe };
+        unsafe { (*cq).cqe = entries as c_int };
         Ok(())
     })
 }
@@ -265,6 +333,22 @@ fn completion(qp_num: u32, cqe: &Cqe) -> ibv_wc {
         sl: cqe.sl,
         dlid_path_bits: 0,
     }
+}
+
+/// Changes when events come.
+pub(crate) unsafe extern "C" fn modify(cq: *mut ibv_cq, attr: *mut ibv_modify_cq_attr) -> c_int {
+    edge::status(|| {
+        // SAFETY: the application passes a live CQ of ours and its attributes.
+        let (own, attr) = unsafe { (Cq::of(cq), &*attr) };
+        own.bell.health().check_owner()?;
+        if attr.attr_mask & !IBV_CQ_ATTR_MODERATE != 0 {
+            return Err(Errno::INVAL);
+        }
+        if attr.attr_mask & IBV_CQ_ATTR_MODERATE != 0 {
+            own.moderation.set(attr.moderate.cq_count, attr.moderate.cq_period);
+        }
+        Ok(())
+    })
 }
 
 pub(crate) unsafe extern "C" fn request_notification(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {

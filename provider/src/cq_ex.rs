@@ -8,7 +8,8 @@ use std::ffi::{c_int, c_uint};
 use std::ptr;
 
 use verbs_abi::ffi::{
-    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_CQ_INIT_ATTR_MASK_PD, IBV_WC_EX_WITH_COMPLETION_TIMESTAMP,
+    IBV_CQ_INIT_ATTR_MASK_FLAGS, IBV_CQ_INIT_ATTR_MASK_PD, IBV_CREATE_CQ_ATTR_IGNORE_OVERRUN,
+    IBV_CREATE_CQ_ATTR_SINGLE_THREADED, IBV_WC_EX_WITH_COMPLETION_TIMESTAMP,
     IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK, IBV_WC_STANDARD_FLAGS, ibv_context, ibv_cq_ex,
     ibv_cq_init_attr_ex, ibv_poll_cq_attr, ibv_wc_opcode,
 };
@@ -31,8 +32,10 @@ pub(crate) unsafe extern "C" fn create(
     edge::pointer(|| {
         // SAFETY: libibverbs passes the application's attributes.
         let attr = unsafe { &*attr };
-        // Locks stay, whatever IBV_CREATE_CQ_ATTR_SINGLE_THREADED allows; a CQ never overruns here.
+        let has_flags = attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_FLAGS != 0;
+        let flags = if has_flags { attr.flags } else { 0 };
         if attr.wc_flags & !KNOWN != 0
+            || flags & !(IBV_CREATE_CQ_ATTR_SINGLE_THREADED | IBV_CREATE_CQ_ATTR_IGNORE_OVERRUN) != 0
             || attr.comp_mask & !(IBV_CQ_INIT_ATTR_MASK_FLAGS | IBV_CQ_INIT_ATTR_MASK_PD) != 0
         {
             return Err(Errno::OPNOTSUPP);
@@ -47,6 +50,12 @@ pub(crate) unsafe extern "C" fn create(
         let channel = (!attr.channel.is_null()).then(|| unsafe { (*attr.channel).fd });
         // SAFETY: libibverbs passes an open context of ours.
         let object = unsafe { cq::new(context, attr.cqe, channel, attr.comp_vector) }?;
+        // Locks stay, whatever IBV_CREATE_CQ_ATTR_SINGLE_THREADED allows.
+        if flags & IBV_CREATE_CQ_ATTR_IGNORE_OVERRUN == 0 {
+            // SAFETY: just made.
+            let (own, cqe) = unsafe { (Cq::of(object.cast()), (*object).public.cqe as u32) };
+            own.set_entries(&mut own.rings.lock(), cqe);
+        }
         if has_domain {
             // SAFETY: as above; the object was just made.
             unsafe {

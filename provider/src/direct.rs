@@ -204,7 +204,7 @@ impl Seat {
         let area = QueueArea::new(&peer.arena, to.offset, to.geometry).ok_or_else(invalid)?;
         let cq = CqArea::new(&peer.arena, to.cq_offset).ok_or_else(invalid)?;
         let bell = bell.map(|fd| Arc::new(PeerBell(fd)) as Arc<dyn engine::Bell>);
-        let queue = Arc::new(CompletionQueue::new(cq, bell));
+        let queue = Arc::new(CompletionQueue::new(cq, bell).with_alarm(qp.alarm()));
         let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), queue, to.recv_slot);
         let responder = Responder::new(QpType::Rc, to.pd, area, receives);
 

@@ -7,7 +7,7 @@ use std::ffi::{c_int, c_void};
 use verbs_abi::ffi::{
     IBV_REREG_MR_CHANGE_ACCESS, IBV_REREG_MR_CHANGE_PD, IBV_REREG_MR_CHANGE_TRANSLATION, ibv_mr, ibv_pd,
 };
-use verbs_abi::ffi_private::{MR_TYPE_IMPORTED_MR, MR_TYPE_MR, VerbsMr};
+use verbs_abi::ffi_private::{MR_TYPE_IMPORTED_MR, MR_TYPE_MR, MR_TYPE_NULL_MR, VerbsMr};
 use verbs_abi::proto::{Answer, RegMr, Request, WHOLE_PROCESS};
 use verbs_abi::shm::PAGE;
 use verbs_abi::verbs::AccessFlags;
@@ -16,6 +16,7 @@ use crate::abi::edge::{self, Errno};
 use crate::context::Context;
 use crate::device;
 use crate::dm::Dm;
+use crate::dmabuf;
 use crate::error;
 use crate::log::{self, Level};
 use crate::memory::Registration;
@@ -41,6 +42,10 @@ pub(crate) enum Backing {
     Device(Registration, *mut Dm),
     /// Another MR's, which gives it back.
     Imported,
+    /// A null MR has none.
+    Null,
+    /// A dma-buf, mapped here.
+    DmaBuf(Registration, dmabuf::Mapping),
 }
 
 pub(crate) unsafe extern "C" fn register(
@@ -54,7 +59,7 @@ pub(crate) unsafe extern "C" fn register(
         // SAFETY: libibverbs passes a live PD of ours, whose context is open.
         let (device, own) = unsafe { (device::state((*pd).context), Pd::of(pd)) };
         device.health().check_owner()?;
-        let flags = check(addr as u64, length, iova, access as u32)?;
+        let (flags, iova) = check(addr as u64, length, iova, access as u32)?;
         let wanted = Wanted { pd: own.id, addr: addr as usize, length, iova, access: flags };
         let (key, backing) = wanted.register(device)?;
         // SAFETY: as above.
@@ -107,18 +112,39 @@ pub(crate) unsafe fn release_import(mr: *mut ibv_mr) {
     }
 }
 
-/// What an RNIC refuses before it looks at the memory.
-fn check(addr: u64, length: usize, iova: u64, access: u32) -> Result<AccessFlags, Errno> {
+/// An MR without memory: what is written to it is dropped, what is read are zeros. Only its lkey is of use.
+pub(crate) unsafe extern "C" fn alloc_null(pd: *mut ibv_pd) -> *mut ibv_mr {
+    edge::pointer(|| {
+        // SAFETY: libibverbs passes a live PD of ours, whose context is open.
+        let (device, own) = unsafe { (device::state((*pd).context), Pd::of(pd)) };
+        device.health().check_owner()?;
+        let (Answer::Mr { key }, _) = device.link.ask(&Request::AllocNullMr { pd: own.id }, &[])? else {
+            return Err(Errno::PROTO);
+        };
+        let access = AccessFlags::LOCAL_WRITE;
+        let wanted = Wanted { pd: own.id, addr: 0, length: usize::MAX, iova: 0, access };
+        // SAFETY: as above.
+        let mr = unsafe { object(pd, &wanted, access.bits() as c_int, key, Backing::Null) };
+        // SAFETY: just made.
+        unsafe { (*mr.cast::<VerbsMr>()).mr_type = MR_TYPE_NULL_MR };
+        Ok(mr)
+    })
+}
+
+/// What an RNIC refuses before it looks at the memory; and the first address as keys' users name it.
+pub(crate) fn check(addr: u64, length: usize, iova: u64, access: u32) -> Result<(AccessFlags, u64), Errno> {
     let access = AccessFlags::try_from(access).map_err(|_| Errno::INVAL)?;
+    let is_zero_based = access.contains(AccessFlags::ZERO_BASED);
+    let (iova, congruent) = if is_zero_based { (0, addr) } else { (iova, iova) };
     let offset = |address: u64| address % PAGE as u64;
-    if length == 0 || !access.valid_for_mr() || offset(addr) != offset(iova) {
+    if length == 0 || !access.valid_for_mr() || offset(addr) != offset(congruent) {
         return Err(Errno::INVAL);
     }
     if !is_implicit(addr, length, access) {
         iova.checked_add(length as u64).ok_or(Errno::INVAL)?;
     }
-    let unsupported = AccessFlags::ZERO_BASED | AccessFlags::FLUSH_PERSISTENT;
-    if access.intersects(unsupported) { Err(Errno::OPNOTSUPP) } else { Ok(access) }
+    let is_supported = !access.contains(AccessFlags::FLUSH_PERSISTENT);
+    if is_supported { Ok((access, iova)) } else { Err(Errno::OPNOTSUPP) }
 }
 
 /// Whether this is all memory that the process has and will have.
@@ -227,6 +253,9 @@ unsafe fn change(
     let (own, device) = unsafe { (&mut *mr.cast::<Mr>(), device::state((*mr).ibv_mr.context)) };
     device.health().check_owner()?;
     let before = own.public.ibv_mr;
+    if matches!(own.backing, Backing::Null) {
+        return Err(Errno::INVAL);
+    }
     if !matches!(own.backing, Backing::Moved(_)) {
         return Err(Errno::OPNOTSUPP);
     }
@@ -240,7 +269,7 @@ unsafe fn change(
         true => (addr, length, addr as u64),
         false => (before.addr as usize, before.length, own.iova),
     };
-    let flags = check(addr as u64, length, iova, access as u32)?;
+    let (flags, iova) = check(addr as u64, length, iova, access as u32)?;
     if flags.contains(AccessFlags::ON_DEMAND) {
         return Err(Errno::OPNOTSUPP);
     }
@@ -284,7 +313,11 @@ pub(crate) unsafe extern "C" fn deregister(mr: *mut VerbsMr) -> c_int {
                 // SAFETY: it lives as long as an MR is on it.
                 unsafe { (*dm).let_go() };
             }
-            Backing::Imported => {}
+            Backing::Imported | Backing::Null => {}
+            Backing::DmaBuf(moved, mapping) => {
+                device.mover.deregister(moved);
+                drop(mapping);
+            }
         }
         Ok(())
     })
@@ -301,7 +334,8 @@ mod tests {
         assert!(with(0).is_ok());
         assert_eq!(with(ffi::IBV_ACCESS_REMOTE_WRITE), Err(Errno::INVAL));
         assert!(with(ffi::IBV_ACCESS_REMOTE_WRITE | ffi::IBV_ACCESS_LOCAL_WRITE).is_ok());
-        assert_eq!(with(ffi::IBV_ACCESS_ZERO_BASED), Err(Errno::OPNOTSUPP));
+        assert_eq!(with(ffi::IBV_ACCESS_ZERO_BASED), Ok((AccessFlags::ZERO_BASED, 0)));
+        assert_eq!(with(1 << 9), Err(Errno::OPNOTSUPP), "no persistence");
         assert_eq!(with(1 << 15), Err(Errno::INVAL));
         assert!(with(ffi::IBV_ACCESS_RELAXED_ORDERING).is_ok());
     }

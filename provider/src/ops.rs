@@ -10,8 +10,8 @@ use verbs_abi::ffi::{
 use crate::abi::edge::{self, Errno};
 use crate::abi::layout::Op;
 use crate::{
-    ah, attributes, clock, cq, cq_ex, device, dm, import, mcast, mr, mw, on_demand, pd, post, qp, qp_create,
-    srq,
+    ah, attributes, clock, cq, cq_ex, device, dm, dmabuf, ece, import, mcast, mr, mw, on_demand, pd, post,
+    qp, qp_create, srq,
 };
 
 /// The implementation of an op, or `None` to leave it at libibverbs' "not supported". The function has the C type
@@ -20,6 +20,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
     let function = match op {
         Op::AdviseMr => on_demand::advise as *const (),
         Op::AllocDm => dm::alloc as *const (),
+        Op::AllocNullMr => mr::alloc_null as *const (),
         Op::AllocMw => mw::alloc as *const (),
         Op::AllocParentDomain => pd::alloc_parent_domain as *const (),
         Op::AllocPd => pd::alloc as *const (),
@@ -49,6 +50,8 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::ImportMr => import::mr as *const (),
         Op::ImportPd => import::pd as *const (),
         Op::GetSrqNum => srq::number as *const (),
+        Op::ModifyCq => cq::modify as *const (),
+        Op::ModifyQpRateLimit => qp::modify_rate_limit as *const (),
         Op::ModifySrq => srq::modify as *const (),
         Op::OpenXrcd => srq::open_xrcd as *const (),
         Op::PostSrqRecv => srq::post_recv as *const (),
@@ -61,6 +64,9 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::QueryDeviceEx => query_device_ex as *const (),
         Op::QueryPort => query_port as *const (),
         Op::QueryRtValues => clock::query as *const (),
+        Op::QueryEce => ece::query as *const (),
+        Op::SetEce => ece::set as *const (),
+        Op::RegDmabufMr => dmabuf::register as *const (),
         Op::QueryQp => qp::query as *const (),
         Op::RegDmMr => dm::register as *const (),
         Op::RegMr => mr::register as *const (),

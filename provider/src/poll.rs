@@ -10,6 +10,7 @@ use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::{CompletionReader, Cqe};
 
 use crate::clock::{Clocks, Times};
+use crate::overrun::{Bound, Overrun};
 use crate::qp::Qp;
 use crate::srq::Srq;
 
@@ -37,7 +38,8 @@ struct Ring {
     reader: CompletionReader,
     of: Queue,
     is_pending: bool,
-    /// The provider completes what is outstanding; what a direct peer may still publish comes too late.
+    /// Nothing is taken from it: the provider completes what is outstanding, and what a direct peer may still publish
+    /// comes too late; or its queue is being emptied.
     is_flushed: bool,
 }
 
@@ -73,6 +75,18 @@ impl Ring {
         matches!(self.of, Queue::Of(_, Side::Recv)) && self.reader.is_flushing()
     }
 
+    /// How many completions it can hold.
+    fn bound(&self) -> Bound {
+        match &self.of {
+            Queue::Of(qp, Side::Send) => Bound::Own(qp.limits.cap.max_send_wr),
+            Queue::Of(qp, Side::Recv) => match &qp.srq {
+                Some(srq) => srq.bound(),
+                None => Bound::Own(qp.limits.cap.max_recv_wr),
+            },
+            Queue::Xrc(srq) => srq.bound(),
+        }
+    }
+
     fn is_of(&self, qp: &Qp) -> bool {
         matches!(&self.of, Queue::Of(own, _) if std::ptr::eq(&**own, qp))
     }
@@ -95,6 +109,8 @@ pub(crate) struct Rings {
     /// The clocks that such a CQ was asked for, and when it took that completion.
     pub(crate) clocks: Clocks,
     pub(crate) times: Times,
+    /// Whether it can overrun.
+    pub(crate) overrun: Overrun,
 }
 
 impl Rings {
@@ -105,7 +121,7 @@ impl Rings {
             self.by_slot.resize_with(at + 1, || None);
         }
         let (reader, of) = (qp.completions(side), Queue::Of(Arc::clone(qp), side));
-        self.by_slot[at] = Some(Ring { reader, of, is_pending: false, is_flushed: false });
+        self.put(at, Ring { reader, of, is_pending: false, is_flushed: false });
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
     }
@@ -118,9 +134,22 @@ impl Rings {
             self.by_slot.resize_with(at + 1, || None);
         }
         let of = Queue::Xrc(Arc::clone(srq));
-        self.by_slot[at] = Some(Ring { reader, of, is_pending: false, is_flushed: false });
+        self.put(at, Ring { reader, of, is_pending: false, is_flushed: false });
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
+    }
+
+    fn put(&mut self, at: usize, ring: Ring) {
+        self.overrun.add(ring.bound());
+        if let Some(before) = self.by_slot[at].replace(ring) {
+            self.overrun.remove(before.bound());
+        }
+    }
+
+    /// Has completions counted, if the CQ can overrun.
+    pub(crate) fn check_overrun(&mut self, area: &CqArea) {
+        let rings = &self.by_slot;
+        self.overrun.check(area, || rings.iter().flatten().map(|ring| ring.reader.available()).sum());
     }
 
     /// Takes an XRC queue's ring out, with what is in it.
@@ -133,10 +162,25 @@ impl Rings {
         self.detach_if(slot, |ring| ring.is_of(qp));
     }
 
+    /// Takes nothing more from a QP's ring, which is going to be emptied. Tells how many completions were taken.
+    pub(crate) fn close(&mut self, slot: u32) -> Option<u64> {
+        let ring = self.by_slot.get_mut(slot as usize)?.as_mut()?;
+        ring.is_flushed = true;
+        Some(ring.reader.head())
+    }
+
+    /// It was not emptied.
+    pub(crate) fn reopen(&mut self, slot: u32, area: &CqArea) {
+        if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) {
+            ring.is_flushed = false;
+            area.mark(slot);
+        }
+    }
+
     fn detach_if(&mut self, slot: u32, wanted: impl Fn(&Ring) -> bool) {
         let Some(place) = self.by_slot.get_mut(slot as usize) else { return };
-        if place.as_ref().is_some_and(wanted) {
-            *place = None;
+        if let Some(ring) = place.take_if(|ring| wanted(ring)) {
+            self.overrun.remove(ring.bound());
             self.slots.retain(|&other| other != slot);
             self.pending.retain(|&other| other != slot);
         }
@@ -148,6 +192,7 @@ impl Rings {
             && let Queue::Of(qp, side) = &ring.of
         {
             ring.reader = qp.completions(*side);
+            ring.is_flushed = false;
         }
     }
 

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use engine::{CompletionQueue, Completions};
-use verbs_abi::ffi::{ibv_qp, ibv_qp_attr, ibv_qp_init_attr};
+use verbs_abi::ffi::{ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_rate_limit_attr};
 use verbs_abi::proto::{Answer, Gid, QpAttr, QpCap, Request};
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
-use verbs_abi::shm::queue::QueueArea;
+use verbs_abi::shm::queue::{QpHeader, QueueArea};
 use verbs_abi::verbs::{QpAttrMask, QpState, QpType, WcStatus};
 use verbs_abi::{qp_attr, qp_state};
 
@@ -164,9 +164,14 @@ impl Qp {
     /// The send completions, as their producer sees them.
     pub(crate) fn own_sends(&self) -> Option<Completions> {
         let (cq, slot) = self.send_cq.as_ref()?;
-        let queue = CompletionQueue::new(cq.events.area.clone(), cq.channel_bell());
+        let queue = CompletionQueue::new(cq.events.area.clone(), cq.channel_bell()).with_alarm(self.alarm());
         let writer = CompletionWriter::new(self.area.sq_cqes.clone(), 0);
         Some(Completions::new(writer, Arc::new(queue), *slot))
+    }
+
+    /// What tells the router of the overrun of a CQ that this process meets while it executes.
+    pub(crate) fn alarm(&self) -> Arc<dyn engine::Bell> {
+        Arc::new(SeatWanted(self.area.header.clone()))
     }
 
     #[inline]
@@ -231,7 +236,7 @@ impl Qp {
     fn restart(&self, sends: &mut SendQueue) {
         sends.restart();
         self.recv.lock().restart();
-        for (side, cq) in [(Side::Send, &self.send_cq), (Side::Recv, &self.recv_cq)] {
+        for (side, cq) in self.cqs() {
             let Some((cq, slot)) = cq else { continue };
             let mut rings = cq.rings.lock();
             self.freed(side).store(0, Ordering::Release);
@@ -239,11 +244,44 @@ impl Qp {
         }
     }
 
+    /// Takes nothing more from its rings, and leaves word for the router how much was taken: what is in them goes
+    /// when it empties them.
+    fn close_rings(&self) {
+        for ((_, cq), polled) in self.cqs().zip(self.area.header.polled()) {
+            if let Some((cq, slot)) = cq
+                && let Some(taken) = cq.rings.lock().close(*slot)
+            {
+                polled.store(taken, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The router has not emptied them.
+    fn reopen_rings(&self) {
+        for (cq, slot) in self.cqs().filter_map(|(_, cq)| cq.as_ref()) {
+            cq.rings.lock().reopen(*slot, &cq.events.area);
+        }
+    }
+
+    fn cqs(&self) -> impl Iterator<Item = (Side, &Option<(Arc<Cq>, u32)>)> {
+        [(Side::Send, &self.send_cq), (Side::Recv, &self.recv_cq)].into_iter()
+    }
+
     /// Takes its completions out of the CQs.
     pub(crate) fn detach(&self) {
         for (cq, slot) in [&self.send_cq, &self.recv_cq].into_iter().flatten() {
             cq.rings.lock().detach(*slot, self);
         }
+    }
+}
+
+/// Has the router take the seat of a QP as soon as its owner leaves it.
+#[derive(Debug)]
+struct SeatWanted(QpHeader);
+
+impl engine::Bell for SeatWanted {
+    fn ring(&self) {
+        self.0.seat_wanted().store(1, Ordering::Relaxed);
     }
 }
 
@@ -263,8 +301,16 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
             return Ok(());
         }
         own.begins.store(false, Ordering::Release);
-        let (answer, fds) = device.link.ask(&request, &[])?;
-        if named.contains(QpAttrMask::STATE) && attr.qp_state == QpState::Reset.value() {
+        let resets = named.contains(QpAttrMask::STATE) && attr.qp_state == QpState::Reset.value();
+        if resets {
+            own.close_rings();
+        }
+        let asked = device.link.ask(&request, &[]);
+        if resets && asked.is_err() {
+            own.reopen_rings();
+        }
+        let (answer, fds) = asked?;
+        if resets {
             sends.seat = None;
             own.restart(&mut sends);
         }
@@ -274,6 +320,24 @@ pub(crate) unsafe extern "C" fn modify(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, 
             take_seat(device, own, &mut sends, pd, answer, fds);
         }
         Ok(())
+    })
+}
+
+/// Sets how fast a QP may send, as the attribute of [`modify`] does. A packet's typical size matters to no frame here.
+pub(crate) unsafe extern "C" fn modify_rate_limit(
+    qp: *mut ibv_qp,
+    attr: *mut ibv_qp_rate_limit_attr,
+) -> c_int {
+    edge::status(|| {
+        // SAFETY: libibverbs passes a live QP of ours, whose context is open, and the application's attributes.
+        let (device, own, limit) = unsafe { (device::state((*qp).context), Qp::of(qp), &*attr) };
+        if limit.comp_mask != 0 {
+            return Err(Errno::INVAL);
+        }
+        let (rate_limit, max_burst_size) = (limit.rate_limit, limit.max_burst_sz);
+        let attr = QpAttr { rate_limit, max_burst_size, ..QpAttr::default() };
+        let mask = QpAttrMask::RATE_LIMIT.bits();
+        device.link.tell(&Request::ModifyQp { qpn: own.number, mask, attr })
     })
 }
 
@@ -350,6 +414,7 @@ pub(crate) unsafe extern "C" fn destroy(qp: *mut ibv_qp) -> c_int {
             return Err(Errno::BUSY);
         }
         // First, since afterwards the router may give the rings' slots to another QP.
+        own.close_rings();
         own.detach();
         own.send.lock().seat = None;
         device.link.release(&Request::DestroyQp { qpn: own.number })?;

@@ -299,7 +299,7 @@ pub(crate) fn build(
     });
     for (cq, side) in [(&qp.send_cq, Side::Send), (&qp.recv_cq, Side::Recv)] {
         if let Some((cq, slot)) = cq {
-            cq.rings.lock().attach(*slot, side, &qp);
+            cq.attach(*slot, side, &qp);
         }
     }
     Some(qp)

@@ -22,6 +22,7 @@ use crate::cq::Cq;
 use crate::device;
 use crate::event;
 use crate::lock::Lock;
+use crate::overrun::Bound;
 use crate::pd::Pd;
 use crate::post;
 
@@ -86,6 +87,11 @@ impl Srq {
     /// The address of its `ibv_srq`.
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// The completions that its receives can have at a time.
+    pub(crate) fn bound(&self) -> Bound {
+        Bound::Shared(self.number, self.area.geometry().entries)
     }
 
     /// Frees a slot, whose completion was polled.
@@ -265,7 +271,7 @@ fn build(
         cq,
     });
     if let Some((cq, _, slot)) = &srq.cq {
-        cq.rings.lock().attach_srq(*slot, &srq);
+        cq.attach_srq(*slot, &srq);
     }
     Some(srq)
 }

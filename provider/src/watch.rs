@@ -1,13 +1,14 @@
 //! Noticing the router's death: one thread a process, asleep in `poll` on the control sockets of its devices.
 //!
 //! It blocks all signals, lives while a device is open, and does nothing but tell a [`Mortal`] that its router is
-//! gone. A child of fork has no such thread and starts one of its own when it opens a device.
+//! gone, and a [`Timed`] that its time has come. A child of fork has no such thread and starts one of its own when it opens a device.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -34,6 +35,7 @@ struct State {
     next_ticket: u64,
     is_running: bool,
     watched: Vec<Watched>,
+    timed: Vec<(Instant, Weak<dyn Timed>)>,
 }
 
 #[derive(Debug)]
@@ -47,6 +49,12 @@ struct Watched {
 pub(crate) trait Mortal: std::fmt::Debug + Send + Sync {
     /// The router is gone.
     fn router_died(&self);
+}
+
+/// What waits for the clock.
+pub(crate) trait Timed: std::fmt::Debug + Send + Sync {
+    /// Its time may have come; says when to ask again.
+    fn expire(&self, now: Instant) -> Option<Instant>;
 }
 
 /// Names a watched device.
@@ -76,6 +84,22 @@ pub(crate) fn remove(Ticket(ticket): Ticket) {
         watch.state().watched.retain(|watched| watched.ticket != ticket);
         watch.wake();
     }
+}
+
+/// Calls [`Timed::expire`] then, and whenever that says. False: there is no thread that could.
+pub(crate) fn at(when: Instant, timed: &Arc<dyn Timed>) -> bool {
+    // SAFETY: a watch, once made, is never freed.
+    let Some(watch) = (unsafe { WATCH.load(Ordering::Acquire).as_ref() }) else { return false };
+    let mut state = watch.state();
+    if !state.is_running {
+        return false;
+    }
+    let is_next = state.timed.iter().all(|(other, _)| *other > when);
+    state.timed.push((when, Arc::downgrade(timed)));
+    if is_next {
+        watch.wake();
+    }
+    true
 }
 
 fn current() -> io::Result<&'static Watch> {
@@ -142,26 +166,40 @@ impl Watch {
 
     fn run(&self) {
         loop {
-            let sockets: Vec<RawFd> = {
+            let (sockets, next): (Vec<RawFd>, _) = {
                 let mut state = self.state();
                 if state.watched.is_empty() {
                     state.is_running = false;
+                    state.timed.clear();
                     return;
                 }
-                state.watched.iter().map(|watched| watched.socket).collect()
+                let next = state.timed.iter().map(|(when, _)| *when).min();
+                (state.watched.iter().map(|watched| watched.socket).collect(), next)
             };
-            self.sleep(&sockets);
+            self.sleep(&sockets, next.map(|when| when.saturating_duration_since(Instant::now())));
+            self.expire();
             for mortal in self.take_dead() {
                 mortal.router_died();
             }
         }
     }
 
-    /// Sleeps until something happens to one of the sockets, or [`Self::wake`].
+    /// Calls everybody whose time has come.
+    fn expire(&self) {
+        let now = Instant::now();
+        let due: Vec<_> = self.state().timed.extract_if(.., |(when, _)| *when <= now).collect();
+        for timed in due.into_iter().filter_map(|(_, timed)| timed.upgrade()) {
+            if let Some(again) = timed.expire(now) {
+                self.state().timed.push((again, Arc::downgrade(&timed)));
+            }
+        }
+    }
+
+    /// Sleeps until something happens to one of the sockets, for so long at the most, or until [`Self::wake`].
     ///
     /// A socket may be closed meanwhile, and its number be another's: then this returns too early, and `take_dead`
     /// looks again under the lock.
-    fn sleep(&self, sockets: &[RawFd]) {
+    fn sleep(&self, sockets: &[RawFd], most: Option<Duration>) {
         let entry = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
         let own = entry(self.wake.as_raw_fd(), libc::POLLIN);
         let mut few = [own; FEW];
@@ -169,11 +207,11 @@ impl Watch {
             few[1..].iter_mut().zip(sockets).for_each(|(place, &fd)| *place = entry(fd, 0));
             // The kernel answers on this stack, so pages may be moved meanwhile as if this thread were not there.
             let _rest = memory::rest();
-            wait(&mut few[..1 + sockets.len()])
+            wait(&mut few[..1 + sockets.len()], most)
         } else {
             let mut many = vec![own];
             many.extend(sockets.iter().map(|&fd| entry(fd, 0)));
-            wait(&mut many)
+            wait(&mut many, most)
         };
         if let Err(error) = result
             && error.kind() != io::ErrorKind::Interrupted
@@ -198,10 +236,15 @@ impl Watch {
     }
 }
 
-/// Waits for one of the events, however long.
-fn wait(fds: &mut [libc::pollfd]) -> io::Result<()> {
-    // SAFETY: that many live entries; a descriptor that is none is answered in its entry.
-    let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+/// Waits for one of the events, however long or for so long.
+fn wait(fds: &mut [libc::pollfd], most: Option<Duration>) -> io::Result<()> {
+    let most = most.map(|most| libc::timespec {
+        tv_sec: most.as_secs() as libc::time_t,
+        tv_nsec: most.subsec_nanos().into(),
+    });
+    let most = most.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: that many live entries; a descriptor that is none is answered in its entry. A live time or none.
+    let count = unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, most, ptr::null()) };
     if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

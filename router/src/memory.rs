@@ -11,6 +11,7 @@ use verbs_abi::shm::{
     Window,
     mr_table::{MrEntry, MrTable, WINDOW, index_of},
 };
+use verbs_abi::verbs::AccessFlags;
 
 use crate::{guard::Health, helper::Helper};
 
@@ -57,18 +58,32 @@ impl ClientMemory {
         }
     }
 
+    /// Makes a key valid that stands for no memory.
+    pub(crate) fn insert_null(&mut self, key: u32, pd: u32) {
+        let entry = MrEntry::null(key, pd);
+        self.put(entry, None);
+        // Nobody else knows what it is, so it is out of reach for everybody: nothing of it is shared, and its owner leaves
+        // what is found at each access to the router.
+        let access = entry.access | AccessFlags::ON_DEMAND.bits();
+        self.table.publish(&MrEntry { access, shared_start: 0, shared_end: 0, ..entry });
+    }
+
     /// Makes a key valid. `shared` is the window of exactly the entry's shared sub-range.
     pub(crate) fn insert(&mut self, entry: MrEntry, shared: Option<Window>) {
         debug_assert_eq!(
             shared.as_ref().map_or(0, |window| window.len() as u64),
             entry.shared_end - entry.shared_start
         );
+        self.put(entry, shared);
+        self.table.publish(&entry);
+    }
+
+    fn put(&mut self, entry: MrEntry, shared: Option<Window>) {
         let index = index_of(entry.key) as usize;
         if self.mrs.len() <= index {
             self.mrs.resize_with(index + 1, || None);
         }
         self.mrs[index] = Some(Mr { entry, shared, windows: Cell::new(0) });
-        self.table.publish(&entry);
     }
 
     /// Makes a key invalid. The region keeps the memory mapped until it is told that nobody uses it.

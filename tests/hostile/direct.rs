@@ -129,7 +129,7 @@ fn channel_of_the_peer(field: &Field) -> Result<()> {
     rustix::io::write(bell, &(u64::MAX - 1).to_ne_bytes())?;
     let area = CqArea::new(&peer.arena, at).context("a CQ outside the arena")?;
     for _ in 0..3 {
-        area.arm(Arm::Any);
+        area.arm(Arm::Any, 0);
         let mut wqe = SendWqe::default();
         wqe.flags = flag::SIGNALED;
         peer.post(&peer_qp, &wqe);

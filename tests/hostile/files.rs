@@ -238,7 +238,7 @@ fn full_event(field: &Field) -> Result<()> {
 fn notify(client: &mut Client, at: u64) -> Result<()> {
     use anyhow::Context as _;
     let area = verbs_abi::shm::cq::CqArea::new(&client.arena, at).context("a CQ outside the arena")?;
-    area.arm(verbs_abi::shm::cq::Arm::Any);
+    area.arm(verbs_abi::shm::cq::Arm::Any, 0);
     Ok(())
 }
 

@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, FromRawFd as _, OwnedFd},
     ptr,
     sync::atomic::{AtomicU32, AtomicU64, Ordering, fence},
 };
@@ -114,6 +114,61 @@ impl Buffer {
         }
         Ok(())
     }
+}
+
+/// A dma-buf whose pages are those of a file in memory.
+#[derive(Debug)]
+pub(crate) struct DmaBuf {
+    fd: OwnedFd,
+    pages: Buffer,
+}
+
+impl DmaBuf {
+    pub(crate) fn fd(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+
+    /// Copies bytes out.
+    pub(crate) fn read(&self, at: usize, len: usize) -> Vec<u8> {
+        self.pages.read(at, len)
+    }
+}
+
+/// Makes a dma-buf of `len` bytes, whole pages, by udmabuf; `None` where the kernel has none.
+pub(crate) fn udmabuf(len: usize) -> Result<Option<DmaBuf>> {
+    /// `UDMABUF_CREATE` of `linux/udmabuf.h`, and its argument.
+    const CREATE: libc::c_ulong = 0x4018_7542;
+    #[repr(C)]
+    struct Create {
+        memfd: u32,
+        flags: u32,
+        offset: u64,
+        size: u64,
+    }
+    let device = match File::options().read(true).write(true).open("/dev/udmabuf") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    // SAFETY: a new file in memory, which becomes ours.
+    let memory = unsafe { libc::memfd_create(c"probe".as_ptr(), libc::MFD_ALLOW_SEALING) };
+    if memory < 0 {
+        bail!("memfd_create: {}", io::Error::last_os_error());
+    }
+    // SAFETY: just made, and nobody else's.
+    let memory = unsafe { File::from_raw_fd(memory) };
+    memory.set_len(len as u64)?;
+    // SAFETY: a seal on an own file.
+    unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+    let create = Create { memfd: memory.as_raw_fd() as u32, flags: 1, offset: 0, size: len as u64 };
+    // SAFETY: the argument is the one that this request takes.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), CREATE, &raw const create) };
+    if fd < 0 {
+        bail!("UDMABUF_CREATE: {}", io::Error::last_os_error());
+    }
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let pages = Buffer::map(len, protection, libc::MAP_SHARED, Some(&memory))?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(Some(DmaBuf { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pages }))
 }
 
 impl Drop for Buffer {

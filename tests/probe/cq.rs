@@ -153,6 +153,37 @@ impl Cq {
         Ok(Arc::new(Self { raw: raw.cast(), context: Arc::clone(context), channel: None }))
     }
 
+    /// An extended CQ without a channel, with `enum ibv_create_cq_attr_flags`.
+    pub(crate) fn with_flags(context: &Arc<Context>, entries: u32, flags: u32) -> Result<Arc<Self>, Errno> {
+        let mut attr = ibv_cq_init_attr_ex {
+            cqe: entries,
+            comp_mask: IBV_CQ_INIT_ATTR_MASK_FLAGS,
+            flags,
+            ..ibv_cq_init_attr_ex::default()
+        };
+        // SAFETY: the context is alive.
+        let create = unsafe { (*context.verbs()).create_cq_ex }.expect("a provider makes CQs");
+        // SAFETY: as above; the attributes are ours.
+        let raw = pointer("ibv_create_cq_ex", unsafe { create(context.raw(), &mut attr) })?;
+        Ok(Arc::new(Self { raw: raw.cast(), context: Arc::clone(context), channel: None }))
+    }
+
+    /// Gives it another number of entries.
+    pub(crate) fn resize(&self, entries: u32) -> Result<(), Errno> {
+        // SAFETY: the CQ is alive.
+        check("ibv_resize_cq", unsafe { (library().ibv_resize_cq)(self.raw.as_ptr(), entries as c_int) })
+    }
+
+    /// Holds events back for so many completions or microseconds.
+    pub(crate) fn moderate(&self, cq_count: u16, cq_period: u16) -> Result<(), Errno> {
+        let moderate = ibv_moderate_cq { cq_count, cq_period };
+        let mut attr = ibv_modify_cq_attr { attr_mask: IBV_CQ_ATTR_MODERATE, moderate };
+        // SAFETY: the context is alive.
+        let modify = unsafe { (*self.context.verbs()).modify_cq }.expect("a provider modifies CQs");
+        // SAFETY: the CQ is alive, the attributes are ours.
+        check("ibv_modify_cq", unsafe { modify(self.raw.as_ptr(), &mut attr) })
+    }
+
     /// Takes the next completion of an extended CQ: its status, and its times by the device's and by the wall's clock.
     pub(crate) fn next_with_times(&self) -> Result<(ibv_wc_status, u64, u64)> {
         let raw: *mut ibv_cq_ex = self.raw.as_ptr().cast();

@@ -192,6 +192,21 @@ impl Qp {
         self.number
     }
 
+    pub(crate) fn raw(&self) -> *mut ibv_qp {
+        self.raw.as_ptr()
+    }
+
+    /// Has it send no more than so many kbit/s, in bursts of no more than so many bytes.
+    pub(crate) fn limit_rate(&self, rate_limit: u32, max_burst_sz: u32) -> Result<(), Errno> {
+        let mut attr =
+            ibv_qp_rate_limit_attr { rate_limit, max_burst_sz, ..ibv_qp_rate_limit_attr::default() };
+        // SAFETY: the context is alive.
+        let modify = unsafe { (*self.pd.context().verbs()).modify_qp_rate_limit }.expect("a provider paces");
+        // SAFETY: the QP is alive, the attributes are ours.
+        let code = unsafe { modify(self.raw.as_ptr(), &mut attr) };
+        if code == 0 { Ok(()) } else { Err(Errno { verb: "ibv_modify_qp_rate_limit", code }) }
+    }
+
     /// Its address, by which events name it.
     pub(crate) fn addr(&self) -> usize {
         self.raw.as_ptr() as usize

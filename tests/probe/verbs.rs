@@ -129,6 +129,21 @@ impl Context {
         }
     }
 
+    /// The same, where it is known to be one.
+    pub(crate) fn verbs(&self) -> *const verbs_context {
+        self.extended().expect("libibverbs has had extended contexts for long")
+    }
+
+    pub(crate) fn device_attr_ex(&self) -> Result<ibv_device_attr_ex> {
+        let mut attr = ibv_device_attr_ex::default();
+        // SAFETY: the context is alive, and an extended one.
+        let query = unsafe { (*self.extended()?).query_device_ex }.context("no query_device_ex")?;
+        // SAFETY: as above; the attributes are ours and as long as said.
+        let code = unsafe { query(self.raw(), ptr::null(), &mut attr, size_of::<ibv_device_attr_ex>()) };
+        check("ibv_query_device_ex", code)?;
+        Ok(attr)
+    }
+
     /// The device's clock now, ticks.
     pub(crate) fn clock(&self) -> Result<u64> {
         let mut values = ibv_values_ex { comp_mask: IBV_VALUES_MASK_RAW_CLOCK, ..ibv_values_ex::default() };
@@ -320,6 +335,44 @@ impl Mr {
         // SAFETY: the PD is alive; the range is checked by the callee.
         let raw = unsafe { (library().ibv_reg_mr)(pd.raw.as_ptr(), start, len, access as c_int) };
         Ok(Self { raw: pointer("ibv_reg_mr", raw)?, _pd: Arc::clone(pd), is_imported: false })
+    }
+
+    /// An MR whose first address its keys' users name so.
+    pub(crate) fn with_iova(
+        pd: &Arc<Pd>,
+        addr: usize,
+        len: usize,
+        iova: u64,
+        access: u32,
+    ) -> Result<Self, Errno> {
+        let start = ptr::without_provenance_mut(addr);
+        // SAFETY: the PD is alive; the range is checked by the callee.
+        let raw = unsafe { (library().ibv_reg_mr_iova)(pd.raw.as_ptr(), start, len, iova, access as c_int) };
+        Ok(Self { raw: pointer("ibv_reg_mr_iova", raw)?, _pd: Arc::clone(pd), is_imported: false })
+    }
+
+    /// An MR without memory.
+    pub(crate) fn null(pd: &Arc<Pd>) -> Result<Self, Errno> {
+        // SAFETY: the context is alive.
+        let alloc = unsafe { (*pd.context.verbs()).alloc_null_mr }.expect("a provider allocates null MRs");
+        // SAFETY: the PD is alive.
+        let raw = pointer("ibv_alloc_null_mr", unsafe { alloc(pd.raw.as_ptr()) })?;
+        Ok(Self { raw, _pd: Arc::clone(pd), is_imported: false })
+    }
+
+    /// An MR over a part of a dma-buf.
+    pub(crate) fn of_dma_buf(
+        pd: &Arc<Pd>,
+        offset: u64,
+        len: usize,
+        iova: u64,
+        fd: c_int,
+        access: u32,
+    ) -> Result<Self, Errno> {
+        // SAFETY: the PD is alive; the rest is checked by the callee.
+        let raw =
+            unsafe { (library().ibv_reg_dmabuf_mr)(pd.raw.as_ptr(), offset, len, iova, fd, access as c_int) };
+        Ok(Self { raw: pointer("ibv_reg_dmabuf_mr", raw)?, _pd: Arc::clone(pd), is_imported: false })
     }
 
     /// An MR of another context of the same device.

@@ -27,6 +27,9 @@ pub const MR_TYPE_NULL_MR: u32 = 1;
 /// `mr_type` of an MR that was imported by its handle.
 pub const MR_TYPE_IMPORTED_MR: u32 = 2;
 
+/// `mr_type` of an MR over a dma-buf (`enum ibv_mr_type` of `libibverbs/driver.h`), which is no memory of the process.
+pub const MR_TYPE_DMABUF_MR: u32 = 3;
+
 /// What a command written to a uverbs descriptor begins with.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 //!
 //! The rules are those that the Linux RDMA core lays on every RNIC, so a program that works here works there.
 //! They are pure functions; who calls them changes the QP. One thing is kinder than Linux: RESET to ERR is allowed,
-//! as the InfiniBand specification has it (any state to error).
+//! as the InfiniBand specification has it (any state to error). And every QP that sends can have a rate limit, which
+//! Linux knows for raw packets alone.
 
 use thiserror::Error;
 
@@ -113,6 +114,8 @@ pub struct AttrLimits {
     pub max_rd_atomic: u8,
     /// Reads and atomics that a responder takes at a time (`max_qp_rd_atom` of the device).
     pub max_dest_rd_atomic: u8,
+    /// The highest rate that a QP can be limited to, kbit/s (`packet_pacing_caps` of the device).
+    pub max_rate: u32,
 }
 
 /// Checks all of an `ibv_modify_qp` on a QP that is in `current`, and tells the state it leads to.
@@ -237,9 +240,10 @@ fn rts_optional(qp_type: QpType) -> A {
     let connected = A::CUR_STATE | A::ALT_PATH | A::ACCESS_FLAGS | A::PATH_MIG_STATE;
     match qp_type {
         QpType::RawPacket => A::RATE_LIMIT,
-        QpType::Ud => A::CUR_STATE | A::QKEY,
-        QpType::Uc | QpType::XrcSend => connected,
-        QpType::Rc | QpType::XrcRecv => connected | A::MIN_RNR_TIMER,
+        QpType::Ud => A::CUR_STATE | A::QKEY | A::RATE_LIMIT,
+        QpType::Uc | QpType::XrcSend => connected | A::RATE_LIMIT,
+        QpType::Rc => connected | A::MIN_RNR_TIMER | A::RATE_LIMIT,
+        QpType::XrcRecv => connected | A::MIN_RNR_TIMER,
     }
 }
 
@@ -307,6 +311,7 @@ pub fn validate(mask: A, attr: &QpAttr, limits: &AttrLimits) -> Result<(), AttrE
             0,
             limits.max_dest_rd_atomic.into(),
         ),
+        (A::RATE_LIMIT, "rate_limit", attr.rate_limit, 0, limits.max_rate),
         (A::PATH_MIG_STATE, "path_mig_state", attr.path_mig_state, 0, MigState::Armed.value()),
     ];
     for (bit, field, value, min, max) in ranges {

@@ -4,8 +4,13 @@ use QpState::{Init, Reset, Rtr, Rts, Sqd, Sqe};
 
 use super::*;
 
-const LIMITS: AttrLimits =
-    AttrLimits { gid_tbl_len: 4, max_mtu: Mtu::Mtu4096, max_rd_atomic: 16, max_dest_rd_atomic: 16 };
+const LIMITS: AttrLimits = AttrLimits {
+    gid_tbl_len: 4,
+    max_mtu: Mtu::Mtu4096,
+    max_rd_atomic: 16,
+    max_dest_rd_atomic: 16,
+    max_rate: 1000,
+};
 
 const RC_RTR: [A; 7] =
     [A::STATE, A::AV, A::PATH_MTU, A::DEST_QPN, A::RQ_PSN, A::MAX_DEST_RD_ATOMIC, A::MIN_RNR_TIMER];

@@ -92,6 +92,7 @@ impl<M: Memory> Fabric<M> {
         if let Some(peer) = peer_at.and_then(|peer| self.qps[peer].as_mut()) {
             peer.responder.catch_up();
         }
+        self.notice_overruns(at, peer_at);
         if !sane {
             self.raise(at, EventType::QpFatal);
             self.condemn(at);

@@ -204,17 +204,37 @@ impl<M: Memory> Fabric<M> {
         let mut more = self.continue_target(at, budget);
         match self.qps[at].as_ref().map(|qp| qp.state) {
             _ if self.has_shadow(at) => more |= self.serve_shadow(at, now, budget),
-            Some(QpState::Rts | QpState::Sqd) => more |= self.initiate(at, now, budget),
+            Some(QpState::Rts | QpState::Sqd) => more |= self.initiate_at_pace(at, now, budget),
             Some(QpState::Sqe) => self.fail_sends(at),
             _ => {}
         }
         self.owe(at);
         let due = self.qps[at].as_mut().and_then(|qp| {
             let qp_due = qp.far.as_ref().map(|far| far.initiator.due(&mut qp.requester));
-            qp_due.flatten()
+            let pause = qp.pace.pause(now).filter(|_| qp.requester.has_work());
+            qp_due.flatten().into_iter().chain(pause).min()
         });
         self.set_due(at, due);
         more
+    }
+
+    /// Sends what its rate allows.
+    fn initiate_at_pace(&mut self, at: usize, now: u64, budget: &mut u64) -> bool {
+        let Some(pace) = self.qps[at].as_ref().map(|qp| qp.pace) else { return false };
+        if !pace.is_limited() {
+            return self.initiate(at, now, budget);
+        }
+        if pace.pause(now).is_some() {
+            return false;
+        }
+        let may = pace.most(*budget).max(WORK);
+        let mut left = may;
+        let more = self.initiate(at, now, &mut left);
+        if let Some(qp) = self.qps[at].as_mut().filter(|_| left < may) {
+            qp.pace.spend(may - left, now);
+        }
+        *budget = budget.saturating_sub(may - left);
+        more && self.qps[at].as_ref().is_some_and(|qp| qp.pace.pause(now).is_none())
     }
 
     /// Keeps an armed timer that is early enough.

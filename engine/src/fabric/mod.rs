@@ -15,6 +15,7 @@ mod groups;
 mod modify;
 mod nics;
 mod objects;
+mod overrun;
 mod policy;
 mod run;
 mod schedule;
@@ -36,7 +37,7 @@ use verbs_abi::{
     verbs::{EventType, QpState},
 };
 
-use crate::{Bell, CompletionQueue, Memory, Requester, Responder};
+use crate::{Bell, CompletionQueue, Memory, Requester, Responder, pace::Pace};
 
 use access::{Accesses, Counts};
 pub use control::{Control, Controls, MAX_WORDS};
@@ -45,6 +46,7 @@ use far::{Far, Links};
 use groups::Groups;
 pub use modify::ATTR_LIMITS;
 use nics::Nics;
+use overrun::Overruns;
 use schedule::Schedule;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
@@ -53,6 +55,8 @@ pub use shared::{SrqInit, XrcInit};
 pub const GID_TABLE_LEN: u32 = 16;
 /// Reads and atomics outstanding, either side.
 pub const MAX_RD_ATOMIC: u8 = 16;
+/// The highest rate that a QP can be limited to, kbit/s: the port's.
+pub const MAX_RATE: u32 = 100_000_000;
 
 /// What a client brings when it opens.
 #[derive(Debug)]
@@ -170,6 +174,8 @@ struct Cq {
     rings: u32,
     free_rings: Vec<u32>,
     next_ring: u32,
+    /// It has overrun, and its QPs were told.
+    failed: bool,
 }
 
 /// One QP: its two halves and what the tables need to know of it.
@@ -207,6 +213,8 @@ struct Qp {
     held: bool,
     /// Accesses to its owner's memory that are under way for it.
     busy: u32,
+    /// How fast it may send.
+    pace: Pace,
 }
 
 /// Every client and QP of the host.
@@ -230,6 +238,7 @@ pub struct Fabric<M> {
     accesses: Accesses,
     links: Links,
     nics: Nics,
+    overruns: Arc<Overruns>,
     /// The time at the last turn.
     now: u64,
 }
@@ -262,6 +271,7 @@ impl<M: Memory> Fabric<M> {
             accesses: Accesses::default(),
             links: Links::default(),
             nics: Nics::default(),
+            overruns: Arc::default(),
             now: 0,
         }
     }

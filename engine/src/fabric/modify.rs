@@ -6,7 +6,7 @@ use verbs_abi::{
     verbs::{AccessFlags, EventType, Mtu, QpAttrMask, QpState, QpType},
 };
 
-use super::{Fabric, GID_TABLE_LEN, MAX_RD_ATOMIC, Modified, Qp};
+use super::{Fabric, GID_TABLE_LEN, MAX_RATE, MAX_RD_ATOMIC, Modified, Qp};
 use crate::{Memory, retry::Retries};
 
 const EINVAL: i32 = 22;
@@ -20,6 +20,7 @@ pub const ATTR_LIMITS: AttrLimits = AttrLimits {
     max_mtu: Mtu::Mtu4096,
     max_rd_atomic: MAX_RD_ATOMIC,
     max_dest_rd_atomic: MAX_RD_ATOMIC,
+    max_rate: MAX_RATE,
 };
 
 impl<M: Memory> Fabric<M> {
@@ -42,6 +43,9 @@ impl<M: Memory> Fabric<M> {
         let source = self.source(at);
         if let Some(qp) = self.qps[at].as_mut() {
             qp.apply(source);
+        }
+        if mask.contains(QpAttrMask::RATE_LIMIT) {
+            self.change_pace(at);
         }
         Ok(self.enter(
             at,
@@ -155,6 +159,7 @@ impl<M: Memory> Fabric<M> {
         let Some(qp) = self.qps[at].as_mut() else { return };
         self.schedule.forget(at);
         qp.area_seat_to_router();
+        qp.forget_unpolled();
         qp.requester.reset();
         qp.responder.reset();
         qp.attr = QpAttr { cap: qp.attr.cap, path_mig_state: qp.attr.path_mig_state, ..QpAttr::default() };
@@ -231,6 +236,13 @@ impl Qp {
         }
         self.requester.configure(Retries { timeout, retry_cnt, rnr_retry }, attr.max_rd_atomic);
         self.responder.configure(source, access, attr.min_rnr_timer, attr.qkey);
+        self.pace.set(attr.rate_limit, attr.max_burst_size);
+    }
+
+    /// What lies unpolled in its rings goes with them; its owner has left how much it polled.
+    pub(super) fn forget_unpolled(&self) {
+        self.requester.forget_unpolled();
+        self.responder.forget_unpolled();
     }
 
     fn area_seat_to_router(&mut self) {
@@ -264,6 +276,6 @@ fn merge(into: &mut QpAttr, from: &QpAttr, mask: QpAttrMask) {
         PATH_MIG_STATE => path_mig_state;
         DEST_QPN => dest_qp_num;
         EN_SQD_ASYNC_NOTIFY => en_sqd_async_notify;
-        RATE_LIMIT => rate_limit;
+        RATE_LIMIT => rate_limit, max_burst_size;
     }
 }

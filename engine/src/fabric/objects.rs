@@ -1,6 +1,9 @@
 //! CQs and QPs come and go.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::Ordering},
+};
 
 use verbs_abi::{
     proto::{NewQp, QpAttr},
@@ -8,8 +11,8 @@ use verbs_abi::{
     verbs::{MigState, QpState, QpType},
 };
 
-use super::{Client, Cq, Fabric, Qp, QpInit};
-use crate::{Bell, CompletionQueue, Completions, Memory, Requester, Responder};
+use super::{Client, Cq, Fabric, Qp, QpInit, overrun::Alarm};
+use crate::{Bell, CompletionQueue, Completions, Memory, Requester, Responder, pace::Pace};
 
 const EINVAL: i32 = 22;
 const ENOMEM: i32 = 12;
@@ -30,11 +33,14 @@ impl<M: Memory> Fabric<M> {
         offset: u64,
         bell: Option<Arc<dyn Bell>>,
     ) -> Result<u32, i32> {
+        let overruns = Arc::clone(&self.overruns);
         let client = self.client_mut(client).ok_or(EINVAL)?;
         let id = client.next_cq;
         client.next_cq += 1;
-        let queue = Arc::new(CompletionQueue::new(area, bell));
-        client.cqs.insert(id, Cq { queue, offset, rings: 0, free_rings: Vec::new(), next_ring: 0 });
+        let alarm = Arc::new(Alarm { overruns, client: client.id, cq: id });
+        let queue = Arc::new(CompletionQueue::new(area, bell).with_alarm(alarm));
+        let cq = Cq { queue, offset, rings: 0, free_rings: Vec::new(), next_ring: 0, failed: false };
+        client.cqs.insert(id, cq);
         Ok(id)
     }
 
@@ -123,6 +129,7 @@ impl<M: Memory> Fabric<M> {
             groups: BTreeSet::new(),
             held: true,
             busy: 0,
+            pace: Pace::default(),
         };
         if at == self.qps.len() {
             self.qps.push(None);
@@ -132,6 +139,20 @@ impl<M: Memory> Fabric<M> {
         create.srq.into_iter().for_each(|srq| self.join_srq(at, srq));
         create.xrcd.into_iter().for_each(|domain| self.join_domain(at, domain));
         Ok(NewQp { qpn, slot, offset, geometry, send_slot, recv_slot })
+    }
+
+    /// Whether a client's QP holds sends that need nothing but a turn. On an adapter they would be under way when the
+    /// QP is ended a moment later, and programs rest on that: they end a QP as soon as they have heard enough.
+    pub fn is_sending(&mut self, client: u32, qpn: u32) -> bool {
+        let Some(at) = self.owned(client, qpn) else { return false };
+        let Some(qp) = self.qps[at].as_ref() else { return false };
+        let header = &qp.requester.area().header;
+        let is_posted = header.sq_tail().load(Ordering::SeqCst) != header.sq_head().load(Ordering::SeqCst);
+        let sends = is_posted && qp.state == QpState::Rts && qp.waiting.is_none() && qp.far.is_none();
+        if sends {
+            self.schedule.enqueue(at);
+        }
+        sends
     }
 
     /// What `ibv_query_qp` returns.
@@ -169,6 +190,7 @@ impl<M: Memory> Fabric<M> {
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);
         qp.responder.give_back();
+        qp.forget_unpolled();
         self.leave_groups(qp.tenant, qp.qpn, &qp.groups);
         qp.create.srq.into_iter().for_each(|srq| self.leave_srq(at, srq));
         qp.create.xrcd.into_iter().for_each(|domain| self.leave_domain(at, domain));

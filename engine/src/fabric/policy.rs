@@ -48,13 +48,13 @@ impl<M: Memory> Fabric<M> {
         let (qp, peer) = (self.qps[at].as_ref()?, self.qps[peer_at].as_ref()?);
         let reliable = qp.requester.qp_type() == QpType::Rc && peer.requester.qp_type() == QpType::Rc;
         // Receives of a shared queue are given out by the router.
-        let may = reliable && peer.create.srq.is_none() && at != peer_at;
+        let may = reliable && !qp.pace.is_limited() && peer.create.srq.is_none() && at != peer_at;
         (may && self.are_direct(qp.owner, peer.owner)).then_some(peer_at)
     }
 
     /// Whether a QP that is connected directly may stay so.
     pub(super) fn may_stay_direct(&self, at: usize) -> bool {
-        let Some(qp) = self.qps[at].as_ref() else { return false };
+        let Some(qp) = self.qps[at].as_ref().filter(|qp| !qp.pace.is_limited()) else { return false };
         let peer = qp.direct.and_then(|peer| self.qps[peer].as_ref());
         peer.is_some_and(|peer| self.are_direct(qp.owner, peer.owner))
     }
@@ -64,6 +64,21 @@ impl<M: Memory> Fabric<M> {
         let peer = self.qps[at].as_mut().and_then(|qp| qp.direct.take());
         if let Some(peer) = peer.and_then(|peer| self.qps[peer].as_mut()) {
             peer.attached.retain(|other| *other != at);
+        }
+    }
+
+    /// A QP has got another rate: one with a limit is the router's, who has a clock.
+    pub(super) fn change_pace(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        if qp.direct.is_some() && qp.pace.is_limited() {
+            if self.hold_seat(at) {
+                self.part(at);
+                self.schedule.enqueue(at);
+            } else {
+                self.look_again(at);
+            }
+        } else {
+            self.offer_seat(at);
         }
     }
 
@@ -92,14 +107,16 @@ impl<M: Memory> Fabric<M> {
         let slots = self.clients[owner].iter().flat_map(|client| client.slots.iter().flatten().copied());
         for at in slots.collect::<Vec<_>>() {
             let peer = self.resolve_peer(at);
-            for open in peer.into_iter().chain([at]) {
-                if self.is_open_to_offers(open)
-                    && self.direct_peer(open).is_some()
-                    && let Some(qp) = self.qps[open].as_ref()
-                {
-                    qp.requester.area().header.offer().store(1, Ordering::Relaxed);
-                }
-            }
+            peer.into_iter().chain([at]).for_each(|open| self.offer_seat(open));
+        }
+    }
+
+    fn offer_seat(&mut self, at: usize) {
+        if self.is_open_to_offers(at)
+            && self.direct_peer(at).is_some()
+            && let Some(qp) = self.qps[at].as_ref()
+        {
+            qp.requester.area().header.offer().store(1, Ordering::Relaxed);
         }
     }
 

@@ -128,7 +128,7 @@ impl<M: Memory> Fabric<M> {
     /// left out.
     #[must_use]
     pub fn has_turns(&self) -> bool {
-        self.schedule.len() > 0 || self.has_accesses() || self.has_calls()
+        self.schedule.len() > 0 || self.has_accesses() || self.has_calls() || self.overruns.is_any()
     }
 
     /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
@@ -136,6 +136,7 @@ impl<M: Memory> Fabric<M> {
         self.now = now;
         self.hear_nic();
         self.expire_timers(now);
+        self.heed_overruns();
         let look = QUANTUM.max(LOOK * self.client_index.len() as u64);
         let (mut used, mut next_look) = (0, look);
         while let Some(call) = self.schedule.next() {
@@ -155,6 +156,7 @@ impl<M: Memory> Fabric<M> {
                 next_look += look;
             }
         }
+        self.heed_overruns();
         self.tell();
         self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
     }
@@ -256,8 +258,13 @@ impl<M: Memory> Fabric<M> {
                 // A datagram to itself that it could not receive.
                 _ => return Turn::Failed,
             }
+            let pause = qp.pace.pause(now);
             match qp.requester.fetch() {
                 Fetch::Empty => return Turn::Empty,
+                Fetch::Ready if pause.is_some() => {
+                    self.set_waiting(at, pause);
+                    return Turn::Waiting;
+                }
                 Fetch::Bad(_) => {
                     self.raise(at, EventType::QpFatal);
                     self.fail_all(at);
@@ -265,10 +272,18 @@ impl<M: Memory> Fabric<M> {
                 }
                 Fetch::Ready => {}
             }
+            let (limited, before) = (qp.pace.is_limited(), *budget);
+            if limited {
+                *budget = qp.pace.most(before);
+            }
+            let may = *budget;
             let attempt = match qp.requester.qp_type() {
                 QpType::Ud => self.send_datagram(at, budget),
                 _ => self.attempt(at, now, budget),
             };
+            if limited {
+                *budget = before - self.spend(at, may - *budget, now, &attempt);
+            }
             *budget = budget.saturating_sub(WORK) / ALIGN * ALIGN;
             match attempt {
                 Attempt::Done => {}
@@ -290,6 +305,21 @@ impl<M: Memory> Fabric<M> {
             }
         }
         Turn::Again
+    }
+
+    /// Counts what an attempt has moved for the pace of a QP; a READ sends nothing but its request.
+    fn spend(&mut self, at: usize, moved: u64, now: u64, attempt: &Attempt) -> u64 {
+        if matches!(attempt, Attempt::Done | Attempt::Unfinished)
+            && let Some(qp) = self.qps[at].as_mut()
+        {
+            let sent = match qp.requester.qp_type() {
+                QpType::Ud => qp.requester.length(),
+                _ if qp.requester.reads() => 0,
+                _ => moved,
+            };
+            qp.pace.spend(sent, now);
+        }
+        moved
     }
 
     fn attempt(&mut self, at: usize, now: u64, budget: &mut u64) -> Attempt {

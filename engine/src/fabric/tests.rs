@@ -449,7 +449,7 @@ fn a_send_fills_the_scatter_list_and_raises_the_event_asked_for() {
     let (mut fabric, mut a, mut b) = pair(QpType::Rc);
     a.bytes()[..10].copy_from_slice(b"0123456789");
     b.post_recv(5, &[b.sge(0, 3), b.sge(100, 0), b.sge(200, 7)]);
-    b.cq.arm(Arm::Solicited);
+    b.cq.arm(Arm::Solicited, 0);
     let mut wqe = send(Opcode::SendWithImm, a.sge(0, 10));
     wqe.imm = 0xabcd;
     wqe.flags |= flag::SOLICITED;
@@ -813,7 +813,7 @@ fn what_a_killed_owner_published_counts_once_and_what_it_did_not_never() {
     assert!(a.area.header.seat().enter());
     let mut writer = verbs_abi::shm::cqe::CompletionWriter::new(b.area.rq_cqes.clone(), 0);
     writer.push(&Cqe { wr_id: 1, ..Cqe::default() });
-    b.cq.arm(Arm::Any);
+    b.cq.arm(Arm::Any, 0);
     fabric.close(a.client);
     assert_eq!(b.area.header.rq_done().load(Ordering::Relaxed), 1);
     assert_eq!(b.bell.0.load(Ordering::Relaxed), 1, "who sleeps hears of it");

@@ -88,6 +88,7 @@ impl Handles {
             35 => Request::DestroySrq { srqn: one_of(&self.srqs, input) },
             36 => Request::OpenXrcd { creates: input.u8() & 1 == 0, exclusive: input.u8() & 1 == 0 },
             37 => Request::CloseXrcd { xrcd: one_of(&self.small, input) },
+            38 => Request::AllocNullMr { pd: one_of(&self.small, input) },
             39 => Request::AttachMcast { qpn: one_of(&self.qps, input), group: group(input) },
             40 => Request::DetachMcast { qpn: one_of(&self.qps, input), group: group(input) },
             19 => Request::ReregMr { key: one_of(&self.keys, input), reg: self.reg_mr(input) },

@@ -221,6 +221,7 @@ impl Client {
             Request::RegMr(reg) => self.reg_mr(reg),
             Request::DeregMr { key } => return self.dereg_mr(*key, last),
             Request::ReregMr { key, reg } => return self.rereg_mr(*key, reg, last),
+            Request::AllocNullMr { pd } => self.alloc_null_mr(*pd),
             Request::AllocMw { pd, is_type_2 } => self.alloc_mw(*pd, *is_type_2),
             Request::DeallocMw { key } => self.dealloc_mw(*key),
             Request::CreateChannel => self.create_channel(fds),

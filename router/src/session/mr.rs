@@ -1,4 +1,4 @@
-//! Memory regions: `ibv_reg_mr`, `ibv_rereg_mr` and `ibv_dereg_mr`.
+//! Memory regions: `ibv_reg_mr`, `ibv_alloc_null_mr`, `ibv_rereg_mr` and `ibv_dereg_mr`.
 
 use std::ops::Range;
 
@@ -62,6 +62,25 @@ impl Client {
         self.use_pd(reg.pd, true);
         let mr = Mr { pd: reg.pd, bytes: weight(&reg), mapped, former: None, foreign, mark: None };
         self.mrs.insert(key, mr);
+        Ok(Answer::Mr { key })
+    }
+
+    pub(super) fn alloc_null_mr(&mut self, pd: u32) -> Reply {
+        if !self.pds.contains_key(&pd) {
+            return Err(Errno::INVAL.raw_os_error());
+        }
+        if !self.account.take(Resource::Mrs, 1) {
+            return Err(Errno::NOMEM.raw_os_error());
+        }
+        let key = self.keys.take(self.limits.max_mr).map_err(|error| errno(&error));
+        let key = key.inspect_err(|_| self.account.give(Resource::Mrs, 1))?;
+        self.lane.with(|fabric| {
+            if let Some(memory) = fabric.memory_mut(self.id) {
+                memory.insert_null(key, pd);
+            }
+        });
+        self.use_pd(pd, true);
+        self.mrs.insert(key, Mr { pd, bytes: 0, mapped: None, former: None, foreign: false, mark: None });
         Ok(Answer::Mr { key })
     }
 

@@ -144,7 +144,8 @@ impl Client {
         let resets = ends && attr.qp_state == QpState::Reset.value();
         let modified = self.lane.with(|fabric| {
             let free = !ends || fabric.seize(self.id, qpn);
-            let busy = resets && fabric.is_busy(self.id, qpn);
+            let busy =
+                resets && fabric.is_busy(self.id, qpn) || ends && !last && fabric.is_sending(self.id, qpn);
             (!busy && (free || last)).then(|| fabric.modify_qp(self.id, qpn, mask, attr))
         });
         match modified {
@@ -179,7 +180,7 @@ impl Client {
         }
         let (free, destroyed) = self.lane.with(|fabric| {
             let free = fabric.seize(self.id, qpn);
-            let busy = fabric.is_busy(self.id, qpn);
+            let busy = fabric.is_busy(self.id, qpn) || !last && fabric.is_sending(self.id, qpn);
             (free, (!busy && (free || last)).then(|| fabric.destroy_qp(self.id, qpn)))
         });
         match destroyed {

@@ -12,8 +12,12 @@ mod mappings;
 mod memory;
 mod opcodes;
 mod order;
+mod overruns;
 mod pinned;
 mod races;
+mod rates;
+mod refusals;
+mod regions;
 mod states;
 mod statuses;
 mod writers;
@@ -59,6 +63,26 @@ pub(crate) const CHECKS: &[Check] = &[
     ("completions tell when they were taken, by the device's clock and the wall's", completions::times),
     ("destroying a QP waits for its events to be acknowledged", completions::unacknowledged_qp),
     ("destroying a CQ waits for its events to be acknowledged", completions::unacknowledged),
+    ("a CQ with more completions of sends than entries is in error, and so is its QP", overruns::of_sends),
+    (
+        "a CQ with more completions of receives than entries is in error, and so is its QP",
+        overruns::of_receives,
+    ),
+    ("an overrun fails all QPs of the CQ and no other", overruns::of_a_shared_queue),
+    ("a CQ that is to ignore overruns loses nothing", overruns::ignored),
+    ("completions that went with a QP fill no CQ", overruns::emptied),
+    ("a CQ is resized under traffic, and overruns at its new size", overruns::resized),
+    ("moderated events come after so many completions or so long", overruns::moderated),
+    ("a QP sends no faster than its rate allows, and as fast when that is lifted", rates::kept),
+    ("a rate can be an attribute of RTS, and ends with RESET", rates::by_attribute),
+    ("datagrams keep to a rate", rates::of_datagrams),
+    ("what goes to a null MR is dropped, and what comes from it are zeros", regions::null),
+    ("a zero-based MR and one with an iova begin where they say", regions::displaced),
+    ("relaxed ordering and unknown optional flags are permitted", regions::relaxed),
+    ("a dma-buf is an MR's memory, and nothing else is", regions::dma_buf),
+    ("what a device without Ethernet cannot do is not supported", refusals::not_offered),
+    ("no order within a message is promised", refusals::data_in_order),
+    ("enhancements are agreed upon, and there are none", refusals::enhancements),
     ("datagrams carry a header and can be answered by it", datagrams::answered),
     ("datagrams of a wrong qkey, to nobody, or too long for the receive vanish", datagrams::lost),
     ("a multicast group's datagrams reach every QP that is attached to it, and no other", groups::delivered),

@@ -53,6 +53,11 @@ pub enum Request {
         /// The whole of what it is from now on.
         reg: RegMr,
     },
+    /// `ibv_alloc_null_mr`. It ends by [`Request::DeregMr`].
+    AllocNullMr {
+        /// Protection domain.
+        pd: u32,
+    },
     /// `ibv_alloc_mw`. The answer is [`Answer::Mr`]: the key of a window that is bound to nothing.
     AllocMw {
         /// Protection domain.
@@ -324,6 +329,8 @@ pub struct QpAttr {
     pub alt_timeout: u8,
     /// Rate limit, kbit/s.
     pub rate_limit: u32,
+    /// What may be sent at once in spite of it, bytes; 0 for the device's default.
+    pub max_burst_size: u32,
 }
 
 /// The router's answer: what was asked for, or an errno.

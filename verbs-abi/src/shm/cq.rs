@@ -1,13 +1,20 @@
-//! A CQ in the arena: the request for an event, and which of its rings hold something.
+//! A CQ in the arena: the request for an event, which of its rings hold something, and how much that is.
 //!
 //! ```text
-//! 0    notify   low 2 bits: what is asked for; above: events raised so far
-//! 64   summary  8 words, one bit a ready word
-//! 128  ready    512 words, one bit a completion ring
+//! 0     notify   2 bits: what is asked for; 1: held back; 16: completions until the event; above: events so far
+//! 8     limit    completions that may wait to be polled, 0 where nobody counts; then whether there were more
+//! 64    summary  8 words, one bit a ready word
+//! 128   ready    512 words, one bit a completion ring
+//! 4224  written  completions, where they are counted       producers add
+//! 4288  polled   of these                                  owner writes
 //! ```
 //!
 //! A CQ is the completion rings of its QPs. Setting a ready bit is idempotent, so a producer killed between
 //! publishing an entry and setting the bit costs a sweep.
+//!
+//! The rings hold all that can be posted, so an overrun loses nothing here; but it is one, and is told. Counting is needed
+//! only where more can be posted than the CQ has entries. Whoever is killed between an entry and its count, or
+//! publishes while the count begins, leaves it too low: an overrun may be told late, and never for nothing.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -20,7 +27,20 @@ pub const CQ_LEN: usize = 2 * PAGE;
 
 const SUMMARY: usize = BLOCK;
 const READY: usize = 2 * BLOCK;
+const LIMIT: usize = 8;
+const OVERRUN: usize = 16;
+const WRITTEN: usize = READY + MAX_RINGS as usize / 8;
+const POLLED: usize = WRITTEN + BLOCK;
+const _: () = assert!(POLLED + BLOCK <= CQ_LEN);
+
 const ARM_MASK: u64 = 3;
+/// The event waits for more completions, or for its owner's clock.
+const HELD: u64 = 1 << 2;
+/// Completions until then.
+const LEFT_SHIFT: u32 = 3;
+const LEFT_MASK: u64 = 0xffff << LEFT_SHIFT;
+const EVENTS_SHIFT: u32 = 19;
+const REQUEST_MASK: u64 = (1 << EVENTS_SHIFT) - 1;
 
 /// What `ibv_req_notify_cq` asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,23 +95,47 @@ impl CqArea {
             if !wanted {
                 return false;
             }
-            let next = (seen & !ARM_MASK).wrapping_add(ARM_MASK + 1);
+            let waits = seen & HELD != 0 && seen & LEFT_MASK > 1 << LEFT_SHIFT;
+            let next = if waits { seen - (1 << LEFT_SHIFT) } else { raised(seen) };
             match notify.compare_exchange_weak(seen, next, Ordering::SeqCst, Ordering::Relaxed) {
-                Ok(_) => return true,
+                Ok(_) => return !waits,
                 Err(now) => seen = now,
             }
         }
     }
 
-    /// Asks for an event (owner). A completion published before this call raises none, as the man page says.
-    pub fn arm(&self, arm: Arm) {
+    /// Asks for an event (owner), `held` back for so many completions if there are any. A completion published before
+    /// this call raises none, as the man page says. True: none was asked for before.
+    pub fn arm(&self, arm: Arm, held: u16) -> bool {
         // `Any` is the stronger request and is not weakened by a later `Solicited`.
+        let notify = self.0.u64(0);
+        let hold = if held == 0 { 0 } else { HELD | u64::from(held) << LEFT_SHIFT };
+        let mut seen = notify.load(Ordering::Relaxed);
+        loop {
+            // What waits already goes on waiting.
+            let request = if seen & ARM_MASK == 0 { hold } else { seen & REQUEST_MASK & !ARM_MASK };
+            let next = seen & !REQUEST_MASK | request | (seen & ARM_MASK).max(arm as u64);
+            match notify.compare_exchange_weak(seen, next, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => return seen & ARM_MASK == 0,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Holds an event for `held` completions back no longer (owner). True: some came meanwhile, and the caller rings the
+    /// completion channel; else the next one raises it.
+    #[must_use]
+    pub fn release(&self, held: u16) -> bool {
         let notify = self.0.u64(0);
         let mut seen = notify.load(Ordering::Relaxed);
         loop {
-            let next = seen & !ARM_MASK | (seen & ARM_MASK).max(arm as u64);
+            if seen & ARM_MASK == 0 || seen & HELD == 0 {
+                return false;
+            }
+            let came = seen & LEFT_MASK != u64::from(held) << LEFT_SHIFT;
+            let next = if came { raised(seen) } else { seen & !(HELD | LEFT_MASK) };
             match notify.compare_exchange_weak(seen, next, Ordering::SeqCst, Ordering::Relaxed) {
-                Ok(_) => return,
+                Ok(_) => return came,
                 Err(now) => seen = now,
             }
         }
@@ -100,7 +144,50 @@ impl CqArea {
     /// Events raised since the CQ was made (owner).
     #[must_use]
     pub fn events(&self) -> u64 {
-        self.0.u64(0).load(Ordering::SeqCst) >> 2
+        self.0.u64(0).load(Ordering::SeqCst) >> EVENTS_SHIFT
+    }
+
+    /// Begins to count (owner), with `waiting` completions unpolled, or changes how many of them may be.
+    pub fn set_limit(&self, limit: u32, waiting: Option<u64>) {
+        if let Some(waiting) = waiting {
+            self.0.u64(WRITTEN).store(waiting, Ordering::Relaxed);
+            self.0.u64(POLLED).store(0, Ordering::Relaxed);
+        }
+        self.0.u64(LIMIT).store(limit.into(), Ordering::Release);
+    }
+
+    /// Whether completions are counted.
+    #[inline]
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        self.0.u64(LIMIT).load(Ordering::Relaxed) != 0
+    }
+
+    /// Counts a completion that was published (producer). True: it was one too many, and the first such.
+    #[must_use]
+    pub fn count(&self) -> bool {
+        let written = self.0.u64(WRITTEN).fetch_add(1, Ordering::AcqRel).wrapping_add(1);
+        let waiting = written.wrapping_sub(self.0.u64(POLLED).load(Ordering::Acquire)).cast_signed();
+        let limit = self.0.u64(LIMIT).load(Ordering::Acquire).cast_signed();
+        limit != 0 && waiting > limit && self.0.u32(OVERRUN).swap(1, Ordering::AcqRel) == 0
+    }
+
+    /// Tells how many of the counted completions were polled (owner).
+    pub fn set_polled(&self, polled: u64) {
+        self.0.u64(POLLED).store(polled, Ordering::Release);
+    }
+
+    /// Completions that were counted are gone, and nobody will poll them (router).
+    pub fn forget(&self, completions: u64) {
+        if self.is_counted() {
+            self.0.u64(WRITTEN).fetch_sub(completions, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether there were more completions than the CQ has entries.
+    #[must_use]
+    pub fn is_overrun(&self) -> bool {
+        self.0.u32(OVERRUN).load(Ordering::Acquire) != 0
     }
 
     /// Clears the ready bits and calls `found` with each ring (owner). `found` drains the ring; a ring in
@@ -131,15 +218,50 @@ impl CqArea {
     }
 }
 
+/// The request is fulfilled, and one more event raised.
+fn raised(notify: u64) -> u64 {
+    (notify & !REQUEST_MASK).wrapping_add(1 << EVENTS_SHIFT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn an_event_that_is_held_back_comes_with_the_last_completion_or_with_the_clock() {
+        let cq = CqArea(Window::heap(CQ_LEN));
+        cq.arm(Arm::Any, 3);
+        assert_eq!([0; 3].map(|_| cq.publish(0, false)), [false, false, true]);
+        assert!(!cq.release(3), "it has come");
+        cq.arm(Arm::Any, 3);
+        assert!(!cq.release(3), "nothing came");
+        assert!(cq.publish(0, false), "not held back any longer");
+        cq.arm(Arm::Any, 3);
+        assert!(!cq.publish(0, false));
+        cq.arm(Arm::Any, 3);
+        assert!(cq.release(3), "asking again loses nothing");
+        assert_eq!(cq.events(), 3);
+    }
+
+    #[test]
+    fn one_completion_too_many_is_told_once() {
+        let cq = CqArea(Window::heap(CQ_LEN));
+        assert!(!cq.is_counted());
+        cq.set_limit(2, Some(1));
+        assert!(!cq.count());
+        cq.set_polled(1);
+        assert!(!cq.count());
+        cq.forget(1);
+        assert!(!cq.count() && !cq.is_overrun());
+        assert!(cq.count() && cq.is_overrun());
+        assert!(!cq.count());
+    }
+
+    #[test]
     fn one_request_gives_one_event() {
         let cq = CqArea(Window::heap(CQ_LEN));
         assert!(!cq.publish(0, true), "nothing asked for");
-        cq.arm(Arm::Any);
+        cq.arm(Arm::Any, 0);
         assert!(cq.publish(0, false));
         assert!(!cq.publish(0, false));
         assert_eq!(cq.events(), 1);
@@ -148,11 +270,11 @@ mod tests {
     #[test]
     fn solicited_only_waits_for_a_solicited_completion() {
         let cq = CqArea(Window::heap(CQ_LEN));
-        cq.arm(Arm::Solicited);
+        cq.arm(Arm::Solicited, 0);
         assert!(!cq.publish(1, false));
         assert!(cq.publish(1, true));
-        cq.arm(Arm::Any);
-        cq.arm(Arm::Solicited);
+        cq.arm(Arm::Any, 0);
+        cq.arm(Arm::Solicited, 0);
         assert!(cq.publish(1, false), "the stronger request stands");
     }
 

@@ -69,6 +69,12 @@ impl CompletionWriter {
         self.tail
     }
 
+    /// Completions that the ring has room for.
+    #[must_use]
+    pub fn entries(&self) -> u64 {
+        self.mask.wrapping_add(1)
+    }
+
     /// Continues at another position (a seat changed hands).
     pub fn seek(&mut self, tail: u64) {
         self.tail = tail;
@@ -110,6 +116,12 @@ impl CompletionReader {
     pub fn new(ring: Window, head: u64) -> Self {
         let mask = (ring.len() / CQE_LEN) as u64 - 1;
         Self { ring, mask, head }
+    }
+
+    /// Completions taken so far.
+    #[must_use]
+    pub fn head(&self) -> u64 {
+        self.head
     }
 
     /// Completions that could be taken now.

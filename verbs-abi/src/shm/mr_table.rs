@@ -6,12 +6,16 @@
 use std::sync::atomic::{Ordering, fence};
 
 use super::{BLOCK, Window, arena};
+use crate::verbs::AccessFlags;
 
 /// Bits of a key that are random.
 pub const KEY_RANDOM_BITS: u32 = 15;
 
 /// In `access`: the key is a memory window's, which only the router looks into, and no lkey.
 pub const WINDOW: u32 = 1 << 31;
+
+/// In `access`: the key is a null MR's, which has no memory. Only the router knows what that means.
+pub const NULL: u32 = 1 << 30;
 
 const SEQ: usize = 0;
 const KEY: usize = 4;
@@ -48,6 +52,22 @@ const _: () = assert!(arena::MAX_MR == 1 << (32 - KEY_RANDOM_BITS));
 /// The table in an arena.
 #[derive(Clone, Debug)]
 pub struct MrTable(Window);
+
+impl MrEntry {
+    /// A null MR: whatever is written to it is dropped, and what is read are zeros.
+    #[must_use]
+    pub fn null(key: u32, pd: u32) -> Self {
+        let access = AccessFlags::LOCAL_WRITE.bits() | NULL;
+        Self { key, pd, access, iova: 0, addr: 0, len: u64::MAX, shared_start: 0, shared_end: u64::MAX }
+    }
+
+    /// Whether it is one.
+    #[inline]
+    #[must_use]
+    pub fn is_null(&self) -> bool {
+        self.access & NULL != 0
+    }
+}
 
 impl MrTable {
     /// The table of `arena`.

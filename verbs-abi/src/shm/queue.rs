@@ -1,7 +1,7 @@
 //! A QP as it lies in the arena: header, send queue, receive queue, and one completion ring for each.
 //!
 //! ```text
-//! 0    owner line      SQ tail (blocks), RQ tail (entries)          owner writes
+//! 0    owner line      SQ tail (blocks), RQ tail (entries), polled  owner writes
 //! 64   requester line  SQ head (blocks), WQEs done, CQEs written    seat holder writes
 //! 128  seat line       seat token                                   owner/router
 //! 192  responder line  receives done, "ring me" flag                seat holder of the peer's SQ writes
@@ -105,6 +105,12 @@ impl QpHeader {
     #[must_use]
     pub fn rq_tail(&self) -> &AtomicU64 {
         self.0.u64(8)
+    }
+
+    /// Send completions polled, and receive completions: what the owner leaves unpolled when the queues are emptied.
+    #[must_use]
+    pub fn polled(&self) -> [&AtomicU64; 2] {
+        [self.0.u64(16), self.0.u64(24)]
     }
 
     /// SQ blocks consumed.

@@ -40,7 +40,7 @@ impl Bell for Tireless {
             let header = &self.area.header;
             header.sq_tail().store(header.sq_head().load(Ordering::Relaxed) + 2, Ordering::Relaxed);
             header.rq_tail().store(header.rq_done().load(Ordering::Relaxed) + 2, Ordering::Relaxed);
-            self.cq.arm(Arm::Any);
+            self.cq.arm(Arm::Any, 0);
         }
     }
 }
@@ -107,8 +107,8 @@ fn counts_at_the_end_of_their_range_go_on_from_zero() {
     for word in [header.sq_done(), header.sq_completions()] {
         word.store(u64::MAX, Ordering::Relaxed);
     }
-    // The CQ's word: asked for everything, raised as much as can be.
-    a.arena.u64(64 * 1024).store(u64::MAX, Ordering::Relaxed);
+    // The CQ's word: asked for everything, raised as much as can be, and held back no longer.
+    a.arena.u64(64 * 1024).store(!4, Ordering::Relaxed);
     let mut wqe = send(Opcode::Write, a.sge(0, 8));
     (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
     a.post(&wqe);

@@ -156,7 +156,7 @@ fn a_client_is_not_quiet_while_it_executes_itself() {
 fn a_seat_that_changes_hands_wakes_nobody() {
     let (mut fabric, a, b) = direct_pair();
     let mut owner = Owner::new(&fabric, &a, &b);
-    b.cq.arm(Arm::Any);
+    b.cq.arm(Arm::Any, 0);
     a.post(&send(Opcode::Send, a.sge(0, 8)));
     assert!(!owner.run(&a), "no receive is posted");
     a.doorbells.ring(a.slot);
