@@ -261,9 +261,9 @@ fn killed(hosts: &Hosts) -> Result<()> {
 
 /// MiB/s of a run of perftest.
 fn bandwidth(outcome: &Outcome) -> Result<f64> {
-    let rows =
+    let mut rows =
         outcome.stdout.lines().filter(|line| line.trim_start().starts_with(|c: char| c.is_ascii_digit()));
-    let row = rows.last().with_context(|| outcome.report())?;
+    let row = rows.next_back().with_context(|| outcome.report())?;
     let average = row.split_whitespace().nth(3).with_context(|| outcome.report())?;
     Ok(average.parse()?)
 }
