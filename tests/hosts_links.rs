@@ -4,21 +4,24 @@
 mod common;
 
 use std::{
-    fs,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use common::{Stage, pingpong};
+use common::{
+    Stage,
+    hosts::{cut, successor},
+    pingpong,
+};
 use libtest_mimic::Trial;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use xtask::{
     bed::{Bed, Tool},
     hosts::{Hosts, Side},
-    process::{Job, command, run},
+    process::{Job, command},
     router::Router,
     tree::Tree,
 };
@@ -94,19 +97,6 @@ fn status(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-/// Breaks all links between hosts of this process.
-fn cut() -> Result<()> {
-    let own = format!("freeflow-{}-", std::process::id());
-    for entry in fs::read_dir("/run/netns")?.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(&own) {
-            let namespace = format!("--net={}", entry.path().display());
-            let ports = ["sport", "=", "7471", "or", "dport", "=", "7471"];
-            run(command(["nsenter", &namespace, "ss", "-K"].iter().chain(&ports)), common::SHORT)?;
-        }
-    }
-    Ok(())
-}
-
 fn cuts(bed: &Bed) -> Result<()> {
     // With a check of the data at each round.
     let tool = Tool::new("ibv_rc_pingpong", &["-g", "0", "-c", "-e", "-s", "60000", "-n", "3000"]);
@@ -126,17 +116,6 @@ fn cuts(bed: &Bed) -> Result<()> {
     }
     ensure!(made()? > before, "no link was broken while the game lasted");
     Ok(())
-}
-
-/// A router on the left host, as soon as its address is free.
-fn successor(hosts: &Hosts, tree: &Tree) -> Result<Router> {
-    let start = Instant::now();
-    loop {
-        match hosts.start_router(tree, Side::Left) {
-            Err(_) if start.elapsed() < LIMIT => thread::sleep(Duration::from_millis(100)),
-            other => return other,
-        }
-    }
 }
 
 fn a_router_dies(tree: &Tree) -> Result<()> {

@@ -3,71 +3,26 @@
 
 mod common;
 
-use std::{
-    path::Path,
-    process::ExitCode,
-    thread,
-    time::{Duration, Instant},
-};
+use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
-use common::{SHORT, Stage, probe};
+use anyhow::Result;
+use common::{Stage, probe, programs};
 use libtest_mimic::Trial;
-use tempfile::TempDir;
-use xtask::{
-    bed::{Bed, PairOutcome, free_port},
-    process::{Job, Outcome, has_program},
-};
-
-/// Much more than any of these programs needs, also on a busy machine.
-const LIMIT: Duration = Duration::from_secs(180);
-
-/// Programs of rdmacm-utils: name, then the words of both ends. `ADDR` is the server's address, `PORT` a free port.
-const TOOLS: &[(&str, &str, &str)] = &[
-    ("rping", "rping -s -p PORT -C 20 -v -V", "rping -c -a ADDR -p PORT -C 20 -v -V"),
-    ("rping on one address", "rping -s -a ADDR -p PORT -C 5 -V", "rping -c -a ADDR -p PORT -C 5 -V"),
-    (
-        "rping of 65,000 bytes",
-        "rping -s -p PORT -C 5 -V -S 65000",
-        "rping -c -a ADDR -p PORT -C 5 -V -S 65000",
-    ),
-    ("rping with its own QP", "rping -s -p PORT -C 5 -V -q", "rping -c -a ADDR -p PORT -C 5 -V -q"),
-    ("rping in the older dialect", "OLD rping -s -p PORT -C 5 -V", "OLD rping -c -a ADDR -p PORT -C 5 -V"),
-    ("ucmatose", "ucmatose -p PORT", "ucmatose -p PORT -s ADDR"),
-    ("ucmatose of 100", "ucmatose -p PORT -c 100 -C 2", "ucmatose -p PORT -c 100 -C 2 -s ADDR"),
-    ("ucmatose that migrates", "ucmatose -p PORT -m -c 5", "ucmatose -p PORT -m -c 5 -s ADDR"),
-    ("ucmatose with a TOS", "ucmatose -p PORT -t 32 -a 20", "ucmatose -p PORT -t 32 -a 20 -s ADDR"),
-    ("ucmatose in the older dialect", "OLD ucmatose -p PORT -c 5", "OLD ucmatose -p PORT -c 5 -s ADDR"),
-    ("udaddy", "udaddy -c 3", "udaddy -c 3 -s ADDR"),
-    ("udaddy in the older dialect", "OLD udaddy", "OLD udaddy -s ADDR"),
-    ("rdma_server", "rdma_server -p PORT", "rdma_client -p PORT -s ADDR"),
-    ("rdma_xserver", "rdma_xserver -p PORT", "rdma_xclient -p PORT -s ADDR"),
-    ("rdma_xserver over XRC", "rdma_xserver -p PORT -c x", "rdma_xclient -p PORT -s ADDR -c x"),
-    ("rstream", "rstream -p PORT -S all -C 50 -I 4", "rstream -p PORT -S all -C 50 -I 4 -s ADDR"),
-    ("rstream -T b", "rstream -p PORT -S 4000 -T b", "rstream -p PORT -S 4000 -T b -s ADDR"),
-    ("rstream -T n", "rstream -p PORT -S 4000 -T n", "rstream -p PORT -S 4000 -T n -s ADDR"),
-    ("rstream -T r", "rstream -p PORT -S 4000 -T r", "rstream -p PORT -S 4000 -T r -s ADDR"),
-    ("rstream -T v", "rstream -p PORT -S 4000 -T v", "rstream -p PORT -S 4000 -T v -s ADDR"),
-    ("riostream", "riostream -p PORT -S 4000", "riostream -p PORT -S 4000 -s ADDR"),
-    ("riostream -T b", "riostream -p PORT -S 4000 -T b", "riostream -p PORT -S 4000 -T b -s ADDR"),
-    ("riostream -T v", "riostream -p PORT -S 4000 -T v", "riostream -p PORT -S 4000 -T v -s ADDR"),
-];
+use xtask::bed::Bed;
 
 fn main() -> ExitCode {
-    common::run("rdma_cm", common::no_tree().or(no_tools()), || {
+    common::run("rdma_cm", common::no_tree().or(programs::no_tools()), || {
         let one = Stage::new(|| Bed::on_one_host(common::tree()?));
-        let mut trials = trials(&one, "one host");
+        let mut trials = programs::trials(&one, "one host");
         trials.extend(probe::checks(&one, |check| check.starts_with("rdma_cm ")));
-        trials.extend([
-            one.trial("nobody listens", nobody_listens),
-            one.trial("a killed server", killed_server),
-            one.trial("a killed client", killed_client),
-        ]);
+        trials.extend(programs::endings(&one, "one host"));
         if common::is_root() {
             let two = Stage::new(|| Bed::across_namespaces(common::tree()?));
-            trials.extend(self::trials(&two, "two namespaces"));
+            trials.extend(programs::trials(&two, "two namespaces"));
             trials.push(two.trial("rping by IPv6", rping_by_ipv6));
-            trials.push(two.trial("an address of the other namespace cannot be bound", foreign_address));
+            trials.push(
+                two.trial("an address of the other namespace cannot be bound", programs::foreign_address),
+            );
         } else {
             trials.push(Trial::test("two namespaces", || {
                 common::skip("two namespaces", "only root may make network namespaces");
@@ -78,239 +33,6 @@ fn main() -> ExitCode {
     })
 }
 
-fn no_tools() -> Option<String> {
-    (!has_program("rping")).then(|| "rdmacm-utils is not installed".to_owned())
-}
-
-fn trials(stage: &Stage, place: &str) -> Vec<Trial> {
-    let mut trials: Vec<Trial> = TOOLS
-        .iter()
-        .map(|&(name, server, client)| {
-            stage.trial(format!("{name} ({place})"), move |bed| tool(bed, server, client))
-        })
-        .collect();
-    trials.push(stage.trial(format!("rcopy ({place})"), rcopy));
-    trials.push(stage.trial(format!("a TCP program over rsocket ({place})"), tcp_program));
-    trials.push(stage.trial(format!("iperf over rsocket ({place})"), iperf));
-    trials.push(stage.trial(format!("rstream -T a ({place})"), asynchronous));
-    trials.push(stage.trial(format!("mckey ({place})"), multicast));
-    trials.push(stage.trial(format!("cmtime of 1000 connections ({place})"), cmtime));
-    trials
-}
-
-/// The words of a command.
-fn words(text: &str, bed: &Bed, port: u16) -> Vec<String> {
-    let word = |word: &str| match word {
-        "ADDR" => vec![bed.server.address.clone()],
-        "PORT" => vec![port.to_string()],
-        // The dialect of librdmacm for kernels without InfiniBand addresses.
-        "OLD" => vec!["env".to_owned(), "FREEFLOW_CM_DIALECT=ip".to_owned()],
-        word => vec![word.to_owned()],
-    };
-    text.split(' ').flat_map(word).collect()
-}
-
-fn serve(bed: &Bed, server: &str, port: u16) -> Result<Job> {
-    // These programs' port cannot be chosen.
-    let listens_on = if server.contains("udaddy") { 7174 } else { port };
-    bed.start_cm_server(&words(server, bed, port), listens_on, LIMIT)
-}
-
-fn run_client(bed: &Bed, client: &str, port: u16) -> Result<Outcome> {
-    Job::spawn(bed.command(&bed.client, &words(client, bed, port)), LIMIT)?.wait()
-}
-
-fn tool(bed: &Bed, server: &str, client: &str) -> Result<()> {
-    let port = free_port()?;
-    let server = serve(bed, server, port)?;
-    let client = run_client(bed, client, port)?;
-    let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
-    let outcome = PairOutcome { server, client };
-    outcome.success()?;
-    if outcome.client.name.contains("rping") && outcome.client.name.contains("-v ") {
-        for end in [&outcome.server, &outcome.client] {
-            ensure!(end.stdout.matches("rdma-ping-").count() == 20, "{}", outcome.report());
-        }
-    }
-    Ok(())
-}
-
-/// A server that serves for ever and a client that ends.
-fn with_server(bed: &Bed, server: &str, client: &str) -> Result<PairOutcome> {
-    let port = free_port()?;
-    let server = serve(bed, server, port)?;
-    let client = run_client(bed, client, port)?;
-    let server = server.stop(Duration::from_secs(2))?;
-    let outcome = PairOutcome { server, client };
-    ensure!(outcome.client.succeeded(), "{}", outcome.report());
-    Ok(outcome)
-}
-
-fn rcopy(bed: &Bed) -> Result<()> {
-    let directory = TempDir::with_prefix("freeflow-")?;
-    let path = |name: &str| directory.path().join(name);
-    let content: Vec<u8> =
-        (0..3_000_000_u32).flat_map(|i| i.wrapping_mul(0x9e37_79b9).to_ne_bytes()).collect();
-    std::fs::write(path("from"), &content)?;
-    let client =
-        format!("rcopy {} {}:{} -p PORT", path("from").display(), bed.server.address, path("to").display());
-    let outcome = with_server(bed, "rcopy -p PORT", &client)?;
-    ensure!(std::fs::read(path("to"))? == content, "the copy differs\n{}", outcome.report());
-    Ok(())
-}
-
-fn cmtime(bed: &Bed) -> Result<()> {
-    let options = "-c 1000 -p PORT";
-    let outcome = with_server(
-        bed,
-        &format!("cmtime -b {} {options}", bed.server.address),
-        &format!("cmtime -s {} {options}", bed.server.address),
-    )?;
-    for word in ["REJECTED", "ERROR", "UNREACHABLE"] {
-        ensure!(!outcome.client.stdout.contains(word), "{}", outcome.report());
-    }
-    ensure!(outcome.client.stdout.contains("disconnect"), "{}", outcome.report());
-    Ok(())
-}
-
-/// The server leaves as soon as it has sent the last message. When the client's `rpoll` tells of that together with
-/// the message, rstream ends with the bits as its exit code: POLLHUP is 16.
-fn asynchronous(bed: &Bed) -> Result<()> {
-    let port = free_port()?;
-    let server = serve(bed, "rstream -p PORT -S 4000 -T a", port)?;
-    let client = run_client(bed, "rstream -p PORT -S 4000 -T a -s ADDR", port)?;
-    let server = server.wait()?;
-    let code = client.status.and_then(|status| status.code());
-    let outcome = PairOutcome { server, client };
-    ensure!(outcome.server.succeeded() && matches!(code, Some(0 | 16)), "{}", outcome.report());
-    Ok(())
-}
-
-/// The sender waits some seconds between joining and sending; who joined before gets all of its messages.
-fn multicast(bed: &Bed) -> Result<()> {
-    let words = |end: &str, address: &str| {
-        let text = format!("stdbuf -oL mckey -m 239.77.0.1 -C 10 -b {address}{end}");
-        text.split(' ').map(str::to_owned).collect::<Vec<_>>()
-    };
-    let receiver = words("", &bed.server.address);
-    let receiver = Job::spawn(bed.command(&bed.server, &receiver), LIMIT)?;
-    wait_for(&receiver, "joined dgid")?;
-    let sender = words(" -s", &bed.client.address);
-    let client = Job::spawn(bed.command(&bed.client, &sender), LIMIT)?.wait()?;
-    let server = if client.succeeded() { receiver.wait()? } else { receiver.stop(Duration::from_secs(1))? };
-    PairOutcome { server, client }.success()
-}
-
 fn rping_by_ipv6(bed: &Bed) -> Result<()> {
-    tool(bed, "rping -s -a ::0 -p PORT -C 5 -V", "rping -c -a fd00:77::1 -p PORT -C 5 -V")
-}
-
-fn foreign_address(bed: &Bed) -> Result<()> {
-    let words = words(&format!("rping -s -a {} -p PORT", bed.client.address), bed, 7999);
-    let outcome = Job::spawn(bed.command(&bed.server, &words), SHORT)?.wait()?;
-    ensure!(!outcome.succeeded(), "{}", outcome.report());
-    ensure!(outcome.stderr.contains("Cannot assign requested address"), "{}", outcome.report());
-    Ok(())
-}
-
-fn nobody_listens(bed: &Bed) -> Result<()> {
-    let outcome = run_client(bed, "rping -c -a ADDR -p PORT -C 1", free_port()?)?;
-    ensure!(!outcome.succeeded() && outcome.took < SHORT, "{}", outcome.report());
-    let told = outcome.stdout.clone() + &outcome.stderr;
-    ensure!(told.contains("RDMA_CM_EVENT_REJECTED, error 8"), "{}", outcome.report());
-    Ok(())
-}
-
-const RSPRELOAD: &str = "/usr/lib/x86_64-linux-gnu/rsocket/librspreload.so";
-
-/// A TCP program over rsocket: its words after a shell that adds the preload library to those that are there.
-fn preloaded(words: &str) -> Vec<String> {
-    let script = format!("LD_PRELOAD={RSPRELOAD}:$LD_PRELOAD exec {words}");
-    vec!["sh".to_owned(), "-c".to_owned(), script]
-}
-
-fn tcp_program(bed: &Bed) -> Result<()> {
-    if !Path::new(RSPRELOAD).exists() {
-        common::skip("a TCP program over rsocket", "librspreload.so is not there");
-        return Ok(());
-    }
-    let port = free_port()?;
-    let serve = preloaded(&format!("{} tcp-echo {port}", probe::path()));
-    // That the router lists it shows that it is no TCP any more.
-    let server = bed.start_cm_server(&serve, port, LIMIT)?;
-    let words = preloaded(&format!("{} tcp-exchange {}:{port}", probe::path(), bed.server.address));
-    let client = Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()?;
-    let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
-    PairOutcome { server, client }.success()
-}
-
-/// iperf 2, a TCP program that knows nothing of RDMA, with threads of its own.
-fn iperf(bed: &Bed) -> Result<()> {
-    const NAME: &str = "iperf over rsocket";
-    if !has_program("iperf") || !Path::new(RSPRELOAD).exists() {
-        common::skip(NAME, "iperf or librspreload.so is not there");
-        return Ok(());
-    }
-    let port = free_port()?;
-    let server = bed.start_cm_server(&preloaded(&format!("iperf -s -p {port} -P 1")), port, LIMIT)?;
-    let words = preloaded(&format!("iperf -c {} -p {port} -n 32M", bed.server.address));
-    let client = Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()?;
-    let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
-    let outcome = PairOutcome { server, client };
-    outcome.success()?;
-    for end in [&outcome.server, &outcome.client] {
-        ensure!(end.stdout.contains("32.0 MBytes"), "{}", outcome.report());
-    }
-    Ok(())
-}
-
-/// Waits until a program has said something.
-fn wait_for(job: &Job, text: &str) -> Result<()> {
-    let start = Instant::now();
-    while !(job.stdout() + &job.stderr()).contains(text) {
-        ensure!(start.elapsed() < SHORT, "it never said {text:?}:\n{}{}", job.stdout(), job.stderr());
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
-fn kill(job: Job) -> Result<()> {
-    // The job's handle kills the whole group; `freeflow run` has become the program.
-    drop(job);
-    Ok(())
-}
-
-/// Two ends that ping for ever, unbuffered so that what they say can be seen.
-fn endless(bed: &Bed, port: u16) -> Result<(Job, Job)> {
-    let server = serve(bed, "stdbuf -oL rping -s -p PORT -v", port)?;
-    let mut words = words("stdbuf -oL rping -c -a ADDR -p PORT -v", bed, port);
-    words.retain(|word| !word.is_empty());
-    let client = Job::spawn(bed.command(&bed.client, &words), LIMIT)?;
-    wait_for(&client, "rdma-ping-3")?;
-    Ok((server, client))
-}
-
-fn killed_server(bed: &Bed) -> Result<()> {
-    let port = free_port()?;
-    let (server, client) = endless(bed, port)?;
-    kill(server)?;
-    let outcome = client.wait()?;
-    ensure!(outcome.status.is_some() && outcome.took < LIMIT, "{}", outcome.report());
-    // What was under way may fail before the client hears of the end.
-    let told = outcome.stdout.clone() + &outcome.stderr;
-    let known = ["DISCONNECT EVENT", "cq completion failed"];
-    ensure!(known.iter().any(|word| told.contains(word)), "{}", outcome.report());
-    ensure!(!bed.router.lists(port)?, "a dead process listens");
-    Ok(())
-}
-
-fn killed_client(bed: &Bed) -> Result<()> {
-    let (server, client) = endless(bed, free_port()?)?;
-    kill(client)?;
-    let outcome = server.wait()?;
-    ensure!(outcome.status.is_some(), "{}", outcome.report());
-    let told = outcome.stdout.clone() + &outcome.stderr;
-    let known = ["DISCONNECT EVENT", "cq completion failed"];
-    ensure!(known.iter().any(|word| told.contains(word)), "{}", outcome.report());
-    Ok(())
+    programs::tool(bed, "rping -s -a ::0 -p PORT -C 5 -V", "rping -c -a fd00:77::1 -p PORT -C 5 -V")
 }

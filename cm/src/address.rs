@@ -92,37 +92,40 @@ impl Manager {
 
     /// Goes on with an id whose destination somebody has by now.
     pub(crate) fn try_resolve(&mut self, comm: CommId) {
-        let Some((source, destination)) = self.resolved(comm) else { return };
+        let Some((source, destination, host)) = self.resolved(comm) else { return };
         self.resolving.remove(&comm);
         self.wait(comm, None);
         if let Some(id) = self.ids.get_mut(&comm) {
             id.source = Some(Address::Ip(source));
             id.destination = Some(Address::Ip(destination));
+            id.host = host;
             id.on_device = true;
             id.state = State::AddrResolved;
             self.emit_plain(comm, EventKind::AddrResolved, 0);
         }
     }
 
-    /// Both addresses of an id that looks for its destination, if that is found.
-    fn resolved(&self, comm: CommId) -> Option<(SocketAddr, SocketAddr)> {
+    /// Both addresses of an id that looks for its destination, and the host where that lives, if it is found.
+    fn resolved(&self, comm: CommId) -> Option<(SocketAddr, SocketAddr, u32)> {
         let id = self.ids.get(&comm)?;
         let place = self.place(id).ok()?;
         let (mut source, mut destination) = (id.source_ip()?, id.destination_ip()?);
         let ip = destination.ip();
-        let known =
+        let is_here =
             ip.is_unspecified() || ip.is_multicast() || place.owns(ip) || self.is_known(place.tenant, ip);
-        if !known {
-            return None;
-        }
+        let host = if is_here { 0 } else { self.far.host(place.tenant, ip)? };
         if source.ip().is_unspecified() {
-            source.set_ip(place.source_for(ip)?);
+            let is_better = |own| host != 0 && self.far.is_published(place.tenant, own);
+            source.set_ip(place.source_for(ip, is_better)?);
+        }
+        if host != 0 && source.ip().is_loopback() {
+            return None;
         }
         // To everybody is to oneself, as on Linux.
         if ip.is_unspecified() {
             destination.set_ip(source.ip());
         }
-        Some((source, destination))
+        Some((source, destination, host))
     }
 
     pub(crate) fn resolve_route(&mut self, comm: CommId) -> Result<(), Refusal> {

@@ -1,6 +1,6 @@
 //! Connections, from either end: the commands, and what the other end's messages do.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use verbs_abi::proto::cm::{ConnParam, EventKind, EventParam};
 
@@ -211,6 +211,10 @@ impl Manager {
 
     /// Takes a message in.
     pub fn receive(&mut self, message: Message, now: Duration) {
+        self.now = now;
+        if message.from.host != 0 && self.is_repeated(&message) {
+            return;
+        }
         match &message.body {
             Body::ConnectRequest { .. } | Body::DatagramRequest { .. } => self.asked(message),
             Body::Withdraw { space } => self.withdrawn(&message, *space),
@@ -237,14 +241,14 @@ impl Manager {
     }
 
     /// Whether a message comes from the other end of `comm`. An end that asked knows its address and tenant only.
-    fn is_from_peer(&self, comm: CommId, message: &Message) -> bool {
+    pub(crate) fn is_from_peer(&self, comm: CommId, message: &Message) -> bool {
         let Some(id) = self.ids.get(&comm) else { return false };
         let tenant = self.place(id).map(|place| place.tenant);
         tenant == Ok(message.tenant)
-            && id.destination_ip() == Some(message.source)
+            && id.destination_ip().is_some_and(|own| is_same(own, message.source))
             && match id.connection.remote {
                 Some(remote) => remote == message.from,
-                None => matches!(id.phase, Phase::ReqSent | Phase::SidrSent),
+                None => message.from.host == id.host && matches!(id.phase, Phase::ReqSent | Phase::SidrSent),
             }
     }
 
@@ -281,6 +285,9 @@ impl Manager {
             }
             _ => {}
         }
+        if self.ids.get(&comm).is_some_and(|id| id.phase != phase) {
+            self.heard(comm, phase);
+        }
     }
 
     fn accepted(&mut self, comm: CommId, from: CommId, reply: Reply) {
@@ -315,6 +322,11 @@ impl Manager {
         let param = EventParam::Conn(ConnParam { private_data, ..ConnParam::default() });
         self.emit(comm, EventKind::Rejected, reason.into(), param);
     }
+}
+
+/// Whether two addresses are one: what IPv6 addresses carry beside that stays on their host.
+fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
+    (one.ip(), one.port()) == (other.ip(), other.port())
 }
 
 /// Private data must fit its message.

@@ -48,7 +48,9 @@ impl Graces {
 
     /// Lets a request wait, or gives it back.
     pub(crate) fn wait(&mut self, port: Port, message: Message) -> Option<Message> {
+        let is_there = |waiting: &Message| message.from.host != 0 && waiting.from == message.from;
         match self.ports.get_mut(&port) {
+            Some(grace) if grace.waiting.iter().any(is_there) => None,
             Some(grace) if grace.waiting.len() < MAX_WAITING => {
                 grace.waiting.push(message);
                 None

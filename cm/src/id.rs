@@ -95,7 +95,11 @@ pub(crate) struct Id {
     pub(crate) ack_timeout: Option<u8>,
     /// The service id by which the other end asked.
     pub(crate) asked_sid: u64,
+    /// The host of the other end; 0 is this one.
+    pub(crate) host: u32,
     pub(crate) connection: Connection,
+    /// What the other end on another host was told last, in case it did not hear.
+    pub(crate) told: Option<Box<Message>>,
     pub(crate) backlog: Backlog,
     pub(crate) events_reported: u32,
     pub(crate) deadline: Option<Duration>,
@@ -121,7 +125,9 @@ impl Id {
             tos: 0,
             ack_timeout: None,
             asked_sid: 0,
+            host: 0,
             connection: Connection::default(),
+            told: None,
             backlog: Backlog::default(),
             events_reported: 0,
             deadline: None,

@@ -15,6 +15,7 @@ mod connect;
 mod datagram;
 mod error;
 mod events;
+mod far;
 mod grace;
 mod id;
 mod manager;
@@ -25,6 +26,7 @@ mod place;
 mod ports;
 
 pub use error::Refusal;
+pub use far::Routes;
 pub use manager::{Listener, Manager, Settings};
 pub use message::{Body, CommId, Message, Offer, Reply};
 pub use place::Place;

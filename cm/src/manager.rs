@@ -14,6 +14,7 @@ use verbs_abi::{
 use crate::{
     Body, CommId, Message, Place, Refusal,
     client::Client,
+    far::Far,
     grace::Graces,
     id::{Id, Phase, State},
     ports::{Ports, Scope},
@@ -75,6 +76,7 @@ pub struct Manager {
     /// How many clients have an address.
     addresses: HashMap<(u32, IpAddr), u32>,
     pub(crate) graces: Graces,
+    pub(crate) far: Far,
     /// The time as it was last told.
     pub(crate) now: Duration,
     /// Ids that look for an address.
@@ -93,7 +95,8 @@ impl Manager {
         Self {
             settings: Settings { ids: settings.ids.min(MAX_IDS), ..settings },
             random: settings.seed,
-            next_serial: 1,
+            // A manager that follows another one on this host must not take its messages for its own.
+            next_serial: 1 + (mix(settings.seed) >> 16),
             clients: HashMap::new(),
             ids: HashMap::new(),
             ports: Ports::default(),
@@ -101,6 +104,7 @@ impl Manager {
             asked: HashMap::new(),
             addresses: HashMap::new(),
             graces: Graces::default(),
+            far: Far::default(),
             now: Duration::ZERO,
             resolving: BTreeSet::new(),
             ids_of: HashMap::new(),
@@ -313,8 +317,11 @@ impl Manager {
         self.release_port(comm);
         let revoked = self.purge(comm, |queued| queued.owner == comm);
         let Some(id) = self.ids.remove(&comm) else { return (0, revoked) };
-        if let Some(remote) = id.connection.remote {
-            self.asked.remove(&remote);
+        self.leave_word(comm);
+        if let Some(remote) = id.connection.remote
+            && self.asked.remove(&remote).is_some()
+        {
+            self.far.end(remote, id.told);
         }
         if let Some(client) = self.clients.get_mut(&id.client) {
             if let Entry::Occupied(mut count) = self.ids_of.entry(client.place.tenant) {
@@ -375,13 +382,15 @@ impl Manager {
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
         let ids = self.deadlines.first().map(|(until, _)| *until);
-        [ids, self.graces.deadline()].into_iter().flatten().min()
+        let looks = self.far.next_look().filter(|_| !self.resolving.is_empty());
+        [ids, self.graces.deadline(), self.far.deadline(), looks].into_iter().flatten().min()
     }
 
     /// Does what is due.
     pub fn tick(&mut self, now: Duration) {
         self.now = now;
         self.expire_graces(now);
+        self.look_elsewhere(now);
         while let Some((until, comm)) = self.deadlines.first().copied().filter(|(until, _)| *until <= now) {
             self.deadlines.remove(&(until, comm));
             if let Some(id) = self.ids.get_mut(&comm) {
@@ -389,6 +398,7 @@ impl Manager {
                 self.expire(comm, now);
             }
         }
+        self.repeat(now);
     }
 
     fn expire(&mut self, comm: CommId, now: Duration) {
@@ -417,15 +427,26 @@ impl Manager {
         let Some(id) = self.ids.get(&comm) else { return };
         let (Some(source), Some(destination)) = (id.source_ip(), id.destination_ip()) else { return };
         let Some(place) = self.clients.get(&id.client).map(|client| &client.place) else { return };
-        let (tenant, namespace) = (place.tenant, Some(place.namespace));
-        self.outgoing.push_back(Message { tenant, from: comm, namespace, source, destination, body });
+        let (towards, tenant, namespace) = (id.host, place.tenant, Some(place.namespace));
+        let message = Message { towards, tenant, from: comm, namespace, source, destination, body };
+        if towards != 0 {
+            self.remember(comm, &message);
+        }
+        self.outgoing.push_back(message);
+    }
+
+    /// Sends a message as it is.
+    pub(crate) fn post(&mut self, message: Message) {
+        self.outgoing.push_back(message);
     }
 
     /// Sends a message that answers another for which there is no id.
     pub(crate) fn answer(&mut self, to: &Message, body: Body) {
         self.outgoing.push_back(Message {
+            towards: to.from.host,
             tenant: to.tenant,
-            from: CommId { host: 0, serial: 0 },
+            // In the name of the end that was meant, which is no more.
+            from: to.body.to().unwrap_or(CommId { host: 0, serial: 0 }),
             namespace: None,
             source: to.destination,
             destination: to.source,
@@ -464,6 +485,7 @@ impl Manager {
             && self.resolving.is_empty()
             && self.ports.is_empty()
             && self.graces.is_empty()
+            && self.far.is_silent()
     }
 
     /// 24 random bits; good for PSNs and ports, not for secrets.
@@ -473,10 +495,15 @@ impl Manager {
 
     pub(crate) fn random_64(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        mix(self.random)
     }
+}
+
+/// Makes all bits depend on all bits.
+fn mix(word: u64) -> u64 {
+    let mixed = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 /// The addresses of a place that others can reach.

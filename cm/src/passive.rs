@@ -109,6 +109,9 @@ impl Manager {
     /// Gives a request to its listener, now or when there is room.
     fn offer(&mut self, listener: CommId, message: Message) {
         let Some(id) = self.ids.get_mut(&listener) else { return };
+        if message.from.host != 0 && id.backlog.parked.iter().any(|parked| parked.from == message.from) {
+            return;
+        }
         if id.backlog.queued < id.backlog.limit && id.backlog.parked.is_empty() {
             self.deliver(listener, message);
         } else if id.backlog.parked.len() < MAX_PARKED {
@@ -142,6 +145,7 @@ impl Manager {
         end.on_device = true;
         end.tos = tos;
         end.asked_sid = u64::from(space) << 16 | u64::from(message.destination.port());
+        end.host = message.from.host;
         end.connection.remote = Some(message.from);
         let number = end.number;
         let param = match message.body {
@@ -196,6 +200,9 @@ impl Manager {
     pub(crate) fn withdrawn(&mut self, message: &Message, space: u16) {
         let from = message.from;
         if let Some(comm) = self.asked.get(&from).copied() {
+            if !self.is_from_peer(comm, message) {
+                return;
+            }
             self.wait(comm, None);
             if let Ok(id) = self.id_mut(comm)
                 && matches!(id.phase, Phase::ReqReceived | Phase::RepSent | Phase::SidrReceived)
@@ -216,6 +223,8 @@ impl Manager {
                 id.backlog.parked.retain(|parked| parked.from != from);
             }
         }
+        // Should the request still come, it comes too late.
+        self.far.end(from, None);
     }
 }
 

@@ -39,8 +39,12 @@ impl Place {
     }
 
     /// The own address from which to reach another: that address itself if it is own, else the one of its family
-    /// with the longest common prefix.
-    pub(crate) fn source_for(&self, destination: IpAddr) -> Option<IpAddr> {
+    /// with the longest common prefix, among those that are better if there are such.
+    pub(crate) fn source_for(
+        &self,
+        destination: IpAddr,
+        is_better: impl Fn(IpAddr) -> bool,
+    ) -> Option<IpAddr> {
         if self.owns(destination) {
             return Some(destination);
         }
@@ -48,7 +52,7 @@ impl Place {
         let own = self.gids.iter().map(|gid| ids::Gid(*gid).ip());
         let candidates = own.filter(|ip| ip.is_ipv4() == destination.is_ipv4() && !ip.is_loopback());
         // The first of equals: the table's order is an order of preference.
-        candidates.rev().max_by_key(|ip| (bits(*ip) ^ wanted).leading_zeros())
+        candidates.rev().max_by_key(|ip| (is_better(*ip), (bits(*ip) ^ wanted).leading_zeros()))
     }
 }
 
@@ -68,13 +72,22 @@ mod tests {
     #[test]
     fn the_source_is_of_the_same_family_and_the_nearest() {
         let place = place(&["10.0.0.5", "192.168.7.5", "fd00::5", "fe80::1"]);
-        let source = |to: &str| place.source_for(to.parse().unwrap()).map(|ip| ip.to_string());
+        let source = |to: &str| place.source_for(to.parse().unwrap(), |_| false).map(|ip| ip.to_string());
         assert_eq!(source("192.168.7.9").as_deref(), Some("192.168.7.5"));
         assert_eq!(source("10.200.0.1").as_deref(), Some("10.0.0.5"));
         assert_eq!(source("fe80::2").as_deref(), Some("fe80::1"));
         assert_eq!(source("fd00::9").as_deref(), Some("fd00::5"));
         assert_eq!(source("127.0.0.1").as_deref(), Some("127.0.0.1"));
-        assert_eq!(self::place(&["fd00::5"]).source_for("10.0.0.1".parse().unwrap()), None);
+        assert_eq!(self::place(&["fd00::5"]).source_for("10.0.0.1".parse().unwrap(), |_| false), None);
+    }
+
+    #[test]
+    fn an_address_by_which_others_reach_it_goes_before_a_nearer_one() {
+        let place = place(&["10.0.0.5", "192.168.7.5", "fd00::5"]);
+        let better = |ip: IpAddr| ip == IpAddr::from([192, 168, 7, 5]);
+        let source = |to: &str| place.source_for(to.parse().unwrap(), better).map(|ip| ip.to_string());
+        assert_eq!(source("10.200.0.1").as_deref(), Some("192.168.7.5"));
+        assert_eq!(source("fd00::9").as_deref(), Some("fd00::5"));
     }
 
     #[test]

@@ -1,19 +1,27 @@
 //! The connection manager of this host: the `cm` crate with a clock, and the delivery of its messages.
 //!
-//! Both ends of every connection are on this host so far, so a message goes back into the manager that it came from.
-//! Leaves to others: sockets and event counters (the daemon and its sessions).
+//! A message goes back into the manager that it came from, or to that of another host.
+//! Leaves to others: sockets and event counters (the daemon and its sessions), links.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use cm::{Listener, Manager, Place, Refusal, Settings};
+use cm::{Listener, Manager, Message, Place, Refusal, Routes, Settings};
+use engine::{Control, Routing};
 use rustix::{
     io::Errno,
     rand::{GetRandomFlags, getrandom},
 };
 use verbs_abi::{
     ffi::IBV_MTU_4096,
+    ids::Gid,
     proto::cm::{CmAnswer, Command},
 };
+
+use crate::directory::Directory;
 
 /// Event channels of one process. Each is a descriptor here, which counts for the tenant.
 const MAX_CHANNELS: u32 = 1 << 16;
@@ -25,11 +33,32 @@ const FULL_CLIENTS: u32 = 16;
 pub(crate) struct Broker {
     manager: Manager,
     started: Instant,
+    /// For managers of other hosts.
+    outgoing: Vec<Control>,
+}
+
+/// What the directory says, as the manager asks it.
+#[derive(Debug)]
+struct Elsewhere(Arc<Directory>);
+
+impl Routes for Elsewhere {
+    fn host(&self, tenant: u32, ip: IpAddr) -> Option<u32> {
+        self.0.route(tenant, &Gid::from(ip).0).map(host)
+    }
+
+    fn is_published(&self, tenant: u32, ip: IpAddr) -> bool {
+        self.0.is_own(tenant, &Gid::from(ip).0)
+    }
+}
+
+/// A router's name for the manager, to whom 0 is itself.
+fn host(peer: u32) -> u32 {
+    peer.saturating_add(1)
 }
 
 impl Broker {
-    /// `ids`: how many one process may have.
-    pub(crate) fn new(ids: u32) -> Self {
+    /// `ids`: how many one process may have. `directory`: where other hosts' addresses are looked up.
+    pub(crate) fn new(ids: u32, directory: Option<Arc<Directory>>) -> Self {
         let mut seed = [0; 8];
         // Without randomness ports and PSNs can be guessed, which is no secret worth stopping for.
         let _ = getrandom(&mut seed, GetRandomFlags::NONBLOCK);
@@ -40,7 +69,11 @@ impl Broker {
             channels: MAX_CHANNELS,
             mtu: IBV_MTU_4096 as u8,
         };
-        Self { manager: Manager::new(settings), started: Instant::now() }
+        let mut manager = Manager::new(settings);
+        if let Some(directory) = directory {
+            manager.set_routes(Arc::new(Elsewhere(directory)));
+        }
+        Self { manager, started: Instant::now(), outgoing: Vec::new() }
     }
 
     fn now(&self) -> Duration {
@@ -103,10 +136,39 @@ impl Broker {
         self.manager.listeners()
     }
 
+    /// Takes in what another host says.
+    pub(crate) fn hear(&mut self, control: &Control) {
+        let ips = [Gid(control.source).ip(), Gid(control.destination).ip()];
+        if let Some(message) = Message::from_words(&control.words, host(control.peer), control.tenant, ips) {
+            self.manager.receive(message, self.now());
+            self.deliver();
+        }
+    }
+
+    /// A link to another host is new.
+    pub(crate) fn link_up(&mut self, peer: u32) {
+        self.manager.link_up(host(peer), self.now());
+        self.deliver();
+    }
+
+    /// What is to be said to other hosts.
+    pub(crate) fn take_outgoing(&mut self) -> Vec<Control> {
+        std::mem::take(&mut self.outgoing)
+    }
+
     fn deliver(&mut self) {
         let now = self.now();
         while let Some(message) = self.manager.next_message() {
-            self.manager.receive(message, now);
+            match message.towards.checked_sub(1) {
+                None => self.manager.receive(message, now),
+                Some(peer) => self.outgoing.push(Control {
+                    peer,
+                    tenant: message.tenant,
+                    source: Gid::from(message.source.ip()).0,
+                    destination: Gid::from(message.destination.ip()).0,
+                    words: message.to_words(),
+                }),
+            }
         }
     }
 }

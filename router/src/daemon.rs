@@ -11,6 +11,7 @@
 mod addresses;
 mod doors;
 mod faults;
+mod hosts;
 mod manage;
 mod policy;
 mod status;
@@ -67,6 +68,7 @@ const SIGNALS: u64 = 1;
 const STOP: u64 = 2;
 const LANE_ENDED: u64 = 3;
 const DIRECTORY: u64 = 4;
+const MAIL: u64 = 5;
 /// Tokens from here on are connections: socket `2 * id`, process `2 * id + 1`.
 const FIRST_SESSION: u32 = 3;
 /// Tokens from here on are listeners.
@@ -199,8 +201,10 @@ impl Daemon {
                 Some((directory, ..)) => self::watch(&epoll, directory, DIRECTORY, epoll::EventFlags::IN),
                 None => Ok(()),
             })
+            .and_then(|()| links.as_ref().map_or(Ok(()), |links| watch_mail(&epoll, links)))
             .map_err(set_up("event handling"))?;
         let now = Instant::now();
+        let broker = Broker::new(config.limits.cm_ids, links.as_ref().map(Links::directory));
         Ok(Self {
             doors,
             epoll,
@@ -214,7 +218,7 @@ impl Daemon {
             next_session: FIRST_SESSION,
             clients: 0,
             max_clients: config.limits.clients as usize,
-            broker: Broker::new(config.limits.cm_ids),
+            broker,
             waiting: Vec::new(),
             asking: Vec::new(),
             respite: None,
@@ -303,6 +307,7 @@ impl Daemon {
                     STOP => return Ok(End::Told),
                     FAULTS => self.drop_spoilt(),
                     DIRECTORY => self.hear_directory(),
+                    MAIL => self.hear_hosts(),
                     LANE_ENDED => return Err(DaemonError::LaneEnded),
                     door @ DOORS.. => self.accept((door - DOORS) as usize),
                     token => self.attend(token, event.flags),
@@ -535,6 +540,10 @@ fn directory(config: &Config, tenants: &[String]) -> Result<Option<Told>, Daemon
     let directory = Directory::of(told, links, tenants)
         .map_err(|source| DaemonError::SetUp { what: "the directory", source })?;
     Ok(Some((directory, links.clone(), told.clone())))
+}
+
+fn watch_mail(epoll: &OwnedFd, links: &Links) -> io::Result<()> {
+    watch(epoll, links.mailbox(), MAIL, epoll::EventFlags::IN)
 }
 
 /// The links to other hosts, if there are any.

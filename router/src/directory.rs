@@ -181,6 +181,11 @@ impl Directory {
         self.view.read().number(name)
     }
 
+    /// Whether other hosts find this one by an address of a tenant.
+    pub(crate) fn is_own(&self, tenant: u32, gid: &Gid) -> bool {
+        self.view.read().is_own(tenant, gid)
+    }
+
     /// All routers that were ever heard of, by number.
     pub(crate) fn peers(&self) -> Vec<Peer> {
         self.view.read().peers().collect()

@@ -32,6 +32,7 @@ mod helper;
 mod identity;
 mod lane;
 mod link;
+mod mailbox;
 mod memory;
 pub mod pki;
 mod region;

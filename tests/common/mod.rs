@@ -9,15 +9,18 @@ pub(crate) mod container;
 pub(crate) mod daemon;
 pub(crate) mod device;
 pub(crate) mod guests;
+pub(crate) mod hosts;
 pub(crate) mod pingpong;
 pub(crate) mod probe;
+pub(crate) mod programs;
 pub(crate) mod rootfs;
 
 use std::{
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Error, Result, anyhow};
@@ -149,6 +152,19 @@ fn perform_on(bed: &mut Bed, test: impl FnOnce(&Bed) -> Result<()>) -> Result<()
     };
     test(bed).map_err(|error| with_log(error, bed))?;
     bed.router.check_alive()
+}
+
+/// Waits until something is so.
+pub(crate) fn wait_until(mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !is_so()? {
+        interrupt::check()?;
+        if start.elapsed() > SHORT {
+            return Err(anyhow!("it is still not so after {SHORT:?}"));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// A test's own words from a slice.

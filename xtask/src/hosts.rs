@@ -59,9 +59,18 @@ pub struct Hosts {
 impl Hosts {
     /// Makes two hosts with one overlay of the default tenant, or one for each of some tenants.
     pub fn create(tenants: &[&str]) -> Result<Self> {
+        Self::with_overlays(tenants, |id| id)
+    }
+
+    /// The same, where the overlays of all tenants have the same addresses.
+    pub fn create_alike(tenants: &[&str]) -> Result<Self> {
+        Self::with_overlays(tenants, |_| 0)
+    }
+
+    fn with_overlays(tenants: &[&str], addresses: impl Fn(usize) -> usize) -> Result<Self> {
         let cable = NamespacePair::create()?;
         let overlays = (0..tenants.len().max(1))
-            .map(|id| NamespacePair::on_overlay(&cable, id))
+            .map(|id| NamespacePair::on_overlay(&cable, id, addresses(id)))
             .collect::<Result<_>>()?;
         let dir = TempDir::with_prefix("freeflow-")?;
         let tenants = tenants.iter().map(|&tenant| tenant.to_owned()).collect();

@@ -71,9 +71,10 @@ impl NamespacePair {
         Ok(pair)
     }
 
-    /// Makes two whose cable is a VXLAN between two others, as container networks do: the first or the second.
-    pub fn on_overlay(under: &Self, id: usize) -> Result<Self> {
-        let [left, right] = OVERLAYS[id];
+    /// Makes two whose cable is a VXLAN between two others, as container networks do: the first or the second, with
+    /// the addresses of one of them.
+    pub fn on_overlay(under: &Self, id: usize, addresses: usize) -> Result<Self> {
+        let [left, right] = OVERLAYS[addresses];
         let pair = Self::named(&format!("{id}-"), left, right);
         pair.overlay(under, id).context("could not make an overlay network")?;
         Ok(pair)

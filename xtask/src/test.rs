@@ -84,7 +84,10 @@ impl Tier {
         match self {
             Self::Unit => Vec::new(),
             Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS, &packages::RDMA_CM].concat(),
-            Self::Hosts => [&packages::TOOLS[..], &packages::NAMESPACES, &packages::ETCD].concat(),
+            Self::Hosts => {
+                let tools = [&packages::TOOLS[..], &packages::NAMESPACES, &packages::RDMA_CM];
+                [&tools.concat()[..], &packages::ETCD].concat()
+            }
             Self::Containers => packages::CONTAINERS.to_vec(),
             Self::Vm => {
                 [&packages::TOOLS[..], &packages::RDMA_CM, &packages::NAMESPACES, &packages::MACHINES]

@@ -61,7 +61,7 @@ impl Daemon {
                 self.broker.ask(id, channel, command).map(Answer::Cm)
             }
         };
-        self.ring_managers();
+        self.settle_managers();
         self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[]))
     }
 
@@ -77,15 +77,22 @@ impl Daemon {
     /// whom one may have the address that it asks for.
     fn refresh_places(&mut self, id: u32) {
         let Some(tenant) = self.sessions.get(&id).map(|session| session.tenant().index) else { return };
+        self.refresh_stale(tenant);
+        self.refresh_place(id);
+    }
+
+    /// The same of some clients of a tenant.
+    pub(super) fn refresh_stale(&mut self, tenant: u32) {
         let stale = self.sessions.iter().filter(|(_, session)| {
             session.tenant().index == tenant && session.manager().is_some_and(|m| m.age() >= ADDRESS_AGE)
         });
-        let mut stale: Vec<u32> = stale.map(|(id, _)| *id).take(REFRESHED).collect();
-        stale.push(id);
-        for id in stale {
-            if let Some(place) = self.sessions.get_mut(&id).and_then(|session| session.moved(ADDRESS_AGE)) {
-                self.broker.open(id, place);
-            }
+        let stale: Vec<u32> = stale.map(|(id, _)| *id).take(REFRESHED).collect();
+        stale.into_iter().for_each(|id| self.refresh_place(id));
+    }
+
+    fn refresh_place(&mut self, id: u32) {
+        if let Some(place) = self.sessions.get_mut(&id).and_then(|session| session.moved(ADDRESS_AGE)) {
+            self.broker.open(id, place);
         }
     }
 
@@ -93,18 +100,27 @@ impl Daemon {
     pub(super) fn tick_manager(&mut self) {
         if self.broker.idle().is_some_and(|idle| idle.is_zero()) {
             self.broker.tick();
-            self.ring_managers();
+            self.settle_managers();
         }
     }
 
     /// A process with the connection manager is gone.
     pub(super) fn close_manager(&mut self, id: u32) {
         self.broker.close(id);
-        self.ring_managers();
+        self.settle_managers();
     }
 
-    /// Adds one to an event counter for each queued event.
-    fn ring_managers(&mut self) {
+    /// Adds one to an event counter for each queued event, and says to other hosts what is to be said.
+    pub(super) fn settle_managers(&mut self) {
+        let outgoing = self.broker.take_outgoing();
+        if !outgoing.is_empty() {
+            self.terms.lane.with(|fabric| {
+                for control in &outgoing {
+                    // What is lost here is said again.
+                    let _ = fabric.send_control(control);
+                }
+            });
+        }
         for (id, channel) in self.broker.take_rings() {
             if let Some(manager) = self.sessions.get(&id).and_then(|session| session.manager()) {
                 manager.ring(channel);

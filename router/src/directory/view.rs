@@ -195,6 +195,15 @@ impl View {
         found.and_then(|(_, _, number)| *number)
     }
 
+    /// Whether an address is this router's, as others know it.
+    pub(crate) fn is_own(&self, tenant: u32, gid: &Gid) -> bool {
+        if let Some(entry) = self.addresses.get(&(tenant, *gid)) {
+            return entry.what.is_none();
+        }
+        let found = self.prefixes.iter().find(|(of, prefix, _)| *of == tenant && prefix.contains(gid));
+        found.is_some_and(|(_, _, number)| number.is_none())
+    }
+
     /// The other router that is known, beyond doubt, to have an address.
     pub(crate) fn holder(&self, key: &Key) -> Option<&str> {
         let entry = self.addresses.get(key).filter(|entry| entry.doubtful_until.is_none())?;

@@ -36,6 +36,7 @@ use crate::{
     config::{self, Security},
     directory::{Directory, Peer},
     lane::Lane,
+    mailbox::Mailbox,
     rnic::Found,
     status,
 };
@@ -141,6 +142,7 @@ pub(crate) struct Links {
     lane: Arc<Lane>,
     caller: Arc<Caller>,
     directory: Arc<Directory>,
+    mailbox: Arc<Mailbox>,
     hello: Hello,
     /// Without it, links are plain.
     tls: Option<Tls>,
@@ -164,13 +166,18 @@ impl Links {
         listener.set_nonblocking(true)?;
         let caller = Arc::new(Caller::new()?);
         lane.set_caller(Arc::clone(&caller));
-        lane.with(|fabric| fabric.set_routing(Arc::clone(&directory) as Arc<_>));
+        let mailbox = Arc::new(Mailbox::new()?);
+        lane.with(|fabric| {
+            fabric.set_routing(Arc::clone(&directory) as Arc<_>);
+            fabric.set_controls(Arc::clone(&mailbox) as Arc<_>);
+        });
         Ok(Self {
             lane: Arc::clone(lane),
             caller,
             hello: Hello { nic: nic.map(NicWord::of), ..Hello::new(&config.name, tenants) },
             tls,
             directory,
+            mailbox,
             listener: Some(listener),
         })
     }
@@ -186,6 +193,16 @@ impl Links {
     pub(crate) fn stop(&self) {
         self.caller.stopping.store(true, Ordering::SeqCst);
         self.caller.ring();
+    }
+
+    /// What other hosts say to this one.
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    /// The directory.
+    pub(crate) fn directory(&self) -> Arc<Directory> {
+        Arc::clone(&self.directory)
     }
 
     /// The other routers, and what the links to them carry.
