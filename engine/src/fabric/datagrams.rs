@@ -33,7 +33,8 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    /// Sends it to each member of its group, in the order of their numbers, so that a later turn knows where to go on.
+    /// Sends it to each member of its group, in the order of their numbers, so that a later turn knows where to go on,
+    /// and then to the routers of other hosts that have some.
     fn send_to_group(&mut self, at: usize, opcode: Opcode, budget: &mut u64) -> Result<(), Attempt> {
         loop {
             let Some(qp) = self.qps[at].as_mut() else { return Err(Attempt::Wait(None)) };
@@ -43,7 +44,9 @@ impl<M: Memory> Fabric<M> {
             }
             let from = qp.requester.next_receiver();
             let group = qp.requester.address().dgid;
-            let Some((qpn, member)) = self.groups.next(qp.tenant, &group, from) else { return Ok(()) };
+            let Some((qpn, member)) = self.groups.next(qp.tenant, &group, from) else {
+                return self.send_to_routers(at, opcode, budget);
+            };
             if *budget < WORK {
                 return Err(Attempt::Unfinished);
             }

@@ -34,6 +34,18 @@ pub trait Routing: Send + Sync + Debug {
     /// The number of the router behind which an address of a tenant lives; `None` for this one, and for addresses that
     /// nobody knows. Must not wait.
     fn route(&self, tenant: u32, gid: &Gid) -> Option<u32>;
+
+    /// The numbers of all other routers that serve addresses of a tenant. Must not wait.
+    fn routers(&self, tenant: u32) -> Vec<u32>;
+}
+
+/// How long a datagram waits for room on its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// As long as it takes.
+    Endless,
+    /// While the link has been stuck for less than so long, ns.
+    For(u64),
 }
 
 /// A connection to a QP of another host.
@@ -88,6 +100,7 @@ impl<M: Memory> Fabric<M> {
     /// Addresses are known that were not: QPs that could not be connected to their peers may be now.
     pub fn reroute(&mut self) {
         (0..self.qps.len()).for_each(|at| self.admit_late_source(at));
+        self.seek_members();
     }
 
     /// A link to a router is there. `tenants`: its number of each tenant that both have, and ours.
@@ -96,6 +109,7 @@ impl<M: Memory> Fabric<M> {
         if let Some(controls) = &self.links.controls {
             controls.link_up(peer);
         }
+        self.tell_groups(peer);
         self.interrupt(peer);
     }
 
@@ -156,7 +170,7 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn connect_far(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
         let (qpn, dgid) = (qp.attr.dest_qp_num, qp.attr.ah_attr.dgid);
-        let connects = matches!(qp.requester.qp_type(), QpType::Rc | QpType::Uc);
+        let connects = qp.requester.qp_type().is_reliable() || qp.requester.qp_type() == QpType::Uc;
         if !connects || qp.far.is_some() || self.resolve(qp, qpn, &dgid).is_some() {
             return;
         }
@@ -420,16 +434,32 @@ impl<M: Memory> Fabric<M> {
 
     /// Sends the fetched datagram to another host, if its receiver lives there.
     pub(super) fn ship(&mut self, at: usize, opcode: Opcode) -> Result<(), Attempt> {
+        let Some(qp) = self.qps[at].as_ref() else { return Ok(()) };
+        let Some(peer) = self.route(qp.tenant, &qp.requester.address().dgid) else { return Ok(()) };
+        self.ship_to(at, opcode, peer, Patience::Endless)
+    }
+
+    /// Sends it to that host.
+    pub(super) fn ship_to(
+        &mut self,
+        at: usize,
+        opcode: Opcode,
+        peer: u32,
+        patience: Patience,
+    ) -> Result<(), Attempt> {
         let Some(qp) = self.qps[at].as_mut() else { return Ok(()) };
         let Some(client) = self.clients[qp.owner].as_ref() else { return Ok(()) };
-        let dgid = qp.requester.address().dgid;
-        let routing = self.links.routing.as_ref();
-        let Some(peer) = routing.and_then(|routing| routing.route(qp.tenant, &dgid)) else { return Ok(()) };
         let outbox = self.links.outbox(peer);
         if !outbox.has_room() && outbox.condition != Condition::Down {
+            let until = match patience {
+                Patience::Endless => None,
+                // Lost, as at a port that takes no more.
+                Patience::For(ns) if outbox.is_stuck(self.now, ns) => return Ok(()),
+                Patience::For(ns) => Some(self.now + ns),
+            };
             outbox.wait(at, qp.qpn);
             self.links.call(peer);
-            return Err(Attempt::Wait(None));
+            return Err(Attempt::Wait(until));
         }
         let sgid_index = usize::from(qp.requester.address().sgid_index);
         let sgid = client.gids.get(sgid_index).copied().unwrap_or_default();

@@ -24,14 +24,22 @@ impl Groups {
         Some((*qpn, *at))
     }
 
-    fn leave(&mut self, tenant: u32, group: &Gid, qpn: u32) {
+    /// All that have members, with their tenants.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u32, Gid)> + '_ {
+        self.0.keys().copied()
+    }
+
+    /// True: it was the last.
+    fn leave(&mut self, tenant: u32, group: &Gid, qpn: u32) -> bool {
         let key = (tenant, *group);
         if let Some(members) = self.0.get_mut(&key) {
             members.remove(&qpn);
             if members.is_empty() {
                 self.0.remove(&key);
+                return true;
             }
         }
+        false
     }
 
     #[cfg(test)]
@@ -54,7 +62,13 @@ impl<M: Memory> Fabric<M> {
         if !qp.groups.insert(*group) {
             return Ok(false);
         }
-        self.groups.0.entry((qp.tenant, *group)).or_default().insert(qpn, at);
+        let tenant = qp.tenant;
+        let members = self.groups.0.entry((tenant, *group)).or_default();
+        let is_first = members.is_empty();
+        members.insert(qpn, at);
+        if is_first {
+            self.announce(tenant, group, true);
+        }
         Ok(true)
     }
 
@@ -68,12 +82,19 @@ impl<M: Memory> Fabric<M> {
         if !qp.groups.remove(group) {
             return Err(EINVAL);
         }
-        self.groups.leave(qp.tenant, group, qpn);
+        let tenant = qp.tenant;
+        self.leave_group(tenant, group, qpn);
         Ok(())
     }
 
     /// A QP ends: it leaves its groups.
     pub(super) fn leave_groups(&mut self, tenant: u32, qpn: u32, groups: &BTreeSet<Gid>) {
-        groups.iter().for_each(|group| self.groups.leave(tenant, group, qpn));
+        groups.iter().for_each(|group| self.leave_group(tenant, group, qpn));
+    }
+
+    fn leave_group(&mut self, tenant: u32, group: &Gid, qpn: u32) {
+        if self.groups.leave(tenant, group, qpn) {
+            self.announce(tenant, group, false);
+        }
     }
 }

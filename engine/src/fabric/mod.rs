@@ -12,6 +12,7 @@ mod datagrams;
 mod direct;
 mod far;
 mod groups;
+mod members;
 mod modify;
 mod nics;
 mod objects;
@@ -44,10 +45,12 @@ pub use control::{Control, Controls, MAX_WORDS};
 pub use far::Routing;
 use far::{Far, Links};
 use groups::Groups;
+use members::Elsewhere;
 pub use modify::ATTR_LIMITS;
 use nics::Nics;
 use overrun::Overruns;
 use schedule::Schedule;
+pub(crate) use shared::counterpart;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
 
@@ -232,6 +235,7 @@ pub struct Fabric<M> {
     domains: HashMap<u32, Domain>,
     next_domain: u32,
     groups: Groups,
+    elsewhere: Elsewhere,
     schedule: Schedule,
     rung: Vec<usize>,
     rung_srqs: Vec<u32>,
@@ -265,6 +269,7 @@ impl<M: Memory> Fabric<M> {
             domains: HashMap::new(),
             next_domain: 1,
             groups: Groups::default(),
+            elsewhere: Elsewhere::default(),
             schedule: Schedule::default(),
             rung: Vec::new(),
             rung_srqs: Vec::new(),

@@ -128,7 +128,11 @@ impl<M: Memory> Fabric<M> {
     /// left out.
     #[must_use]
     pub fn has_turns(&self) -> bool {
-        self.schedule.len() > 0 || self.has_accesses() || self.has_calls() || self.overruns.is_any()
+        self.schedule.len() > 0
+            || self.has_accesses()
+            || self.has_calls()
+            || self.overruns.is_any()
+            || self.has_waiting_datagrams()
     }
 
     /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
@@ -156,9 +160,11 @@ impl<M: Memory> Fabric<M> {
                 next_look += look;
             }
         }
+        self.spread_waiting();
         self.heed_overruns();
         self.tell();
-        self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
+        let spreads = self.has_waiting_datagrams();
+        spreads || self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
     }
 
     /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.

@@ -11,11 +11,11 @@ use verbs_abi::{
         events::AsyncEvent,
         srq::{SrqArea, SrqGeometry},
     },
-    verbs::{EventType, QpType},
+    verbs::{EventType, Opcode, QpType},
 };
 
 use super::{Client, Fabric};
-use crate::{CompletionQueue, Completions, Memory, srq::SharedReceives};
+use crate::{CompletionQueue, Completions, Memory, srq::SharedReceives, wire::packet::Header};
 
 const EINVAL: i32 = 22;
 const ENOMEM: i32 = 12;
@@ -225,6 +225,23 @@ impl<M: Memory> Fabric<M> {
         found.map(|(owner, _)| owner)
     }
 
+    /// The same for a request that has come from another host.
+    pub(super) fn select_srq_for(&mut self, at: usize, header: &Header) -> Option<usize> {
+        let qp = self.qps[at].as_mut()?;
+        let domain = qp.create.xrcd?;
+        let opcode = Opcode::try_from(u32::from(header.code)).ok()?;
+        let srq =
+            self.srqs.get(&header.srqn(opcode)).filter(|srq| srq.xrc.is_some_and(|(of, ..)| of == domain));
+        qp.responder.share(srq.map(|srq| Arc::clone(&srq.queue)));
+        srq.map(|srq| srq.owner)
+    }
+
+    /// The client whose memory a receiver of XRC works on now.
+    pub(super) fn selected_owner(&self, at: usize) -> Option<usize> {
+        let number = self.qps[at].as_ref()?.responder.shared()?.number;
+        self.srqs.get(&number).map(|srq| srq.owner)
+    }
+
     /// Tells the owner of the queue that a QP has just taken from if it has run low.
     pub(super) fn heed_limit(&mut self, at: usize) {
         let Some(queue) = self.qps[at].as_ref().and_then(|qp| qp.responder.shared()) else { return };
@@ -320,7 +337,7 @@ impl<M> Client<M> {
 }
 
 /// The type of QP that this one talks to.
-pub(super) fn counterpart(qp_type: QpType) -> QpType {
+pub(crate) fn counterpart(qp_type: QpType) -> QpType {
     match qp_type {
         QpType::XrcSend => QpType::XrcRecv,
         QpType::XrcRecv => QpType::XrcSend,

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use verbs_abi::{
     shm::wqe::{BadWqe, SendWqe, flag},
-    verbs::{Opcode, WcStatus},
+    verbs::{Opcode, QpType, WcStatus},
 };
 
 use super::{
@@ -238,7 +238,10 @@ impl Initiator {
             self.start_clock(requester, now);
             return Emit::NoRoom;
         }
-        let header = describe(sent, self.cursor, path, self.stream);
+        let mut header = describe(sent, self.cursor, path, self.stream);
+        if requester.qp_type() == QpType::XrcSend {
+            header.set_srqn(sent.opcode, sent.wqe.srqn);
+        }
         let (at, len) = (u64::from(header.offset), u64::from(header.len));
         let stage = &mut self.send_stage;
         let packed = outbox.push_with(&header, |into| match len {

@@ -32,6 +32,8 @@ pub(crate) struct Outbox {
     among_waiting: HashSet<(usize, u32)>,
     /// Tenants that both ends have: the peer's number, and ours.
     tenants: HashMap<u32, u32>,
+    /// Since when a datagram to a group finds no room, unless something was taken in between.
+    stuck_since: Option<u64>,
 }
 
 impl Outbox {
@@ -43,6 +45,16 @@ impl Outbox {
     /// Whether a packet without payload may be added.
     pub(crate) fn has_reply_room(&self) -> bool {
         self.condition == Condition::Up && self.bytes.len() < REPLY_ROOM
+    }
+
+    /// Whether the link is there.
+    pub(crate) fn is_up(&self) -> bool {
+        self.condition == Condition::Up
+    }
+
+    /// Whether there has been no room for so long. `now` in ns.
+    pub(crate) fn is_stuck(&mut self, now: u64, patience: u64) -> bool {
+        now >= self.stuck_since.get_or_insert(now).saturating_add(patience)
     }
 
     /// Adds a packet without payload.
@@ -84,6 +96,9 @@ impl Outbox {
     pub(crate) fn take(&mut self, into: &mut Vec<u8>) -> bool {
         into.clear();
         std::mem::swap(&mut self.bytes, into);
+        if !into.is_empty() {
+            self.stuck_since = None;
+        }
         !into.is_empty()
     }
 
@@ -95,6 +110,7 @@ impl Outbox {
     /// The link is new: nothing of an earlier one goes over it.
     pub(crate) fn open(&mut self, tenants: HashMap<u32, u32>) {
         self.bytes.clear();
+        self.stuck_since = None;
         (self.condition, self.tenants) = (Condition::Up, tenants);
     }
 
@@ -102,6 +118,11 @@ impl Outbox {
     pub(crate) fn close(&mut self, condition: Condition) {
         self.bytes.clear();
         self.condition = condition;
+    }
+
+    /// Whether the peer has a tenant of ours.
+    pub(crate) fn has_tenant(&self, ours: u32) -> bool {
+        self.tenants.values().any(|tenant| *tenant == ours)
     }
 
     /// Our number of a tenant of the peer's.

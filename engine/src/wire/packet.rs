@@ -11,11 +11,13 @@
 //! All numbers are little-endian. What a peer sent is copied out of its buffer by [`Header::decode`] and checked
 //! there; whether it makes sense for a QP is the receiver's business.
 
+use verbs_abi::verbs::Opcode;
+
 use super::{Path, SEGMENT};
 use crate::{MAX_DATAGRAM, MAX_MESSAGE};
 
 /// Version of this format and of the rules around it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a header.
 pub const HEADER: usize = 104;
 /// Bytes of the longest packet.
@@ -51,9 +53,11 @@ pub(crate) enum Kind {
     Control,
     /// A word about a pair of shadow QPs; the code says which.
     Shadow,
+    /// Whether the sender has members in a group.
+    Member,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Request,
     Kind::Datagram,
     Kind::Ack,
@@ -65,6 +69,7 @@ const KINDS: [Kind; 11] = [
     Kind::Found,
     Kind::Control,
     Kind::Shadow,
+    Kind::Member,
 ];
 
 /// A packet that cannot be: its sender speaks another language.
@@ -128,6 +133,22 @@ impl Header {
             imm: 0,
             operands: [0; 2],
         }
+    }
+
+    /// Names the queue that an XRC request goes to: in the word for immediate data, or in an operand where the opcode
+    /// needs that word and leaves the operands free.
+    pub(crate) fn set_srqn(&mut self, opcode: Opcode, srqn: u32) {
+        if uses_imm(opcode) {
+            self.operands = [srqn.into(), 0];
+        } else {
+            self.imm = srqn;
+        }
+    }
+
+    /// The queue that an XRC request goes to.
+    pub(crate) fn srqn(&self, opcode: Opcode) -> u32 {
+        // A number that is too large names nothing, and shall not come to name something.
+        if uses_imm(opcode) { u32::try_from(self.operands[0]).unwrap_or(0) } else { self.imm }
     }
 
     pub(crate) fn encode(&self) -> [u8; HEADER] {
@@ -194,6 +215,11 @@ impl Header {
     }
 }
 
+/// Whether the word for immediate data says something, if only which key ends.
+fn uses_imm(opcode: Opcode) -> bool {
+    opcode.has_imm() || opcode == Opcode::SendWithInv
+}
+
 fn word(bytes: &[u8; HEADER], at: usize) -> u32 {
     u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
 }
@@ -236,6 +262,22 @@ mod tests {
         }
         assert_eq!(length(&header().encode()), Some(HEADER + 5));
         assert_eq!(length(&[1, 2, 3]), None);
+    }
+
+    #[test]
+    fn the_queue_of_an_xrc_request_travels_beside_all_that_its_opcode_says() {
+        for opcode in Opcode::ALL.iter().copied() {
+            let mut header = Header { code: opcode.value() as u8, ..header() };
+            let before = header;
+            header.set_srqn(opcode, (1 << 22) - 1);
+            let read = Header::decode(&header.encode()).unwrap();
+            assert_eq!(read.srqn(opcode), (1 << 22) - 1, "{opcode}");
+            if opcode.has_imm() || opcode == Opcode::SendWithInv {
+                assert_eq!(read.imm, before.imm, "{opcode}");
+            } else {
+                assert_eq!(read.operands, before.operands, "{opcode}");
+            }
+        }
     }
 
     #[test]

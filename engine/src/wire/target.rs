@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     Memory, Responder,
+    fabric::counterpart,
     place::Atomic,
     responder::{Flush, INVALID_REQUEST, OPERATION, Reply, Request},
     shadow::{Announced, Announcements},
@@ -233,7 +234,7 @@ impl Target {
             Some(opcode) if self.shares && takes_receive(opcode) => {
                 Ok(self.announcement(responder, memory, header, opcode))
             }
-            Some(opcode) if !opcode.is_local() && opcode.allowed_on(responder.qp_type()) => {
+            Some(opcode) if !opcode.is_local() && opcode.allowed_on(counterpart(responder.qp_type())) => {
                 let request = request(header, opcode, payload);
                 Ok(responder.handle(memory, &request, &mut self.stage))
             }

@@ -195,6 +195,15 @@ impl View {
         found.and_then(|(_, _, number)| *number)
     }
 
+    /// The numbers of all other routers that serve addresses of a tenant.
+    pub(crate) fn routers(&self, tenant: u32) -> HashSet<u32> {
+        let by_prefix =
+            self.prefixes.iter().filter(|(of, ..)| *of == tenant).filter_map(|(.., number)| *number);
+        let of_tenant = self.addresses.iter().filter(|((of, _), _)| *of == tenant);
+        let by_address = of_tenant.filter_map(|(_, entry)| entry.what);
+        by_prefix.chain(by_address).filter(|number| self.routers.contains_key(number)).collect()
+    }
+
     /// Whether an address is this router's, as others know it.
     pub(crate) fn is_own(&self, tenant: u32, gid: &Gid) -> bool {
         if let Some(entry) = self.addresses.get(&(tenant, *gid)) {

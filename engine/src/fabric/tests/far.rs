@@ -3,9 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::*;
-use crate::wire::packet;
+use crate::wire::{
+    Path,
+    packet::{self, Header, Kind},
+};
 
 mod control;
+mod groups;
 mod property;
 mod refusals;
 
@@ -21,6 +25,10 @@ struct Elsewhere(Vec<Gid>);
 impl Routing for Elsewhere {
     fn route(&self, tenant: u32, gid: &Gid) -> Option<u32> {
         (tenant == 0 && self.0.contains(gid)).then_some(PEER)
+    }
+
+    fn routers(&self, tenant: u32) -> Vec<u32> {
+        if tenant == 0 { vec![PEER] } else { Vec::new() }
     }
 }
 
@@ -51,7 +59,7 @@ impl Hosts {
         }
     }
 
-    fn cut(&mut self) {
+    pub(super) fn cut(&mut self) {
         self.up = false;
         self.pipes.iter_mut().for_each(VecDeque::clear);
         self.fabrics.iter_mut().for_each(|fabric| fabric.link_down(PEER, false));

@@ -5,7 +5,7 @@ use verbs_abi::shm::{
     srq::{SrqArea, SrqGeometry},
 };
 
-use super::*;
+use super::{far::Hosts, *};
 use crate::{SrqInit, XrcInit};
 
 const SRQ_AT: u64 = 512 * 1024;
@@ -222,21 +222,27 @@ fn a_queue_with_made_up_contents_fails_the_qp_that_takes_from_it() {
 fn xrc() -> (Fabric<TestMemory>, App, Receiver, CompletionReader, u32) {
     let mut fabric = Fabric::new();
     let sender = App::new(&mut fabric, 1, QpType::Rc, Mode::Isolated);
-    let mut receiver = Receiver::new(&mut fabric, 2);
-    let domain = fabric.open_xrcd(2, Some((1, 2)), true).unwrap();
-    let geometry = SrqGeometry::new(8, 2).unwrap();
-    let ring = receiver.app.arena.sub(RING_AT, geometry.entries as usize * CQE_LEN).unwrap();
-    let xrc = XrcInit { domain, cq: CQ, ring: ring.clone(), ring_offset: RING_AT };
-    fabric.destroy_srq(2, receiver.number).unwrap();
-    let area = SrqArea::new(&receiver.app.arena, SRQ_AT, geometry).unwrap();
-    let init = SrqInit { pd: PD, area, offset: SRQ_AT, xrc: Some(xrc) };
-    receiver.number = fabric.create_srq(2, init).unwrap().number;
-    let create = CreateQp { xrcd: Some(domain), qp_type: QpType::XrcRecv.value(), ..CreateQp::default() };
-    let qpn = receiver.create(&mut fabric, create, Geometry::new(0, 0, 0, 0, 0).unwrap());
+    let (receiver, completions, qpn) = xrc_receiver(&mut fabric, 2);
     let sender = as_xrc_sender(&mut fabric, sender);
     connect(&mut fabric, (2, qpn), (1, sender.qpn), QpType::XrcRecv);
     connect(&mut fabric, (1, sender.qpn), (2, qpn), QpType::XrcSend);
-    (fabric, sender, receiver, CompletionReader::new(ring, 0), qpn)
+    (fabric, sender, receiver, completions, qpn)
+}
+
+/// A client with an XRC queue: the queue's completions, and the number of a receiver of its domain.
+fn xrc_receiver(fabric: &mut Fabric<TestMemory>, client: u32) -> (Receiver, CompletionReader, u32) {
+    let mut receiver = Receiver::new(fabric, client);
+    let domain = fabric.open_xrcd(client, Some((1, 2)), true).unwrap();
+    let geometry = SrqGeometry::new(8, 2).unwrap();
+    let ring = receiver.app.arena.sub(RING_AT, geometry.entries as usize * CQE_LEN).unwrap();
+    let xrc = XrcInit { domain, cq: CQ, ring: ring.clone(), ring_offset: RING_AT };
+    fabric.destroy_srq(client, receiver.number).unwrap();
+    let area = SrqArea::new(&receiver.app.arena, SRQ_AT, geometry).unwrap();
+    let init = SrqInit { pd: PD, area, offset: SRQ_AT, xrc: Some(xrc) };
+    receiver.number = fabric.create_srq(client, init).unwrap().number;
+    let create = CreateQp { xrcd: Some(domain), qp_type: QpType::XrcRecv.value(), ..CreateQp::default() };
+    let qpn = receiver.create(fabric, create, Geometry::new(0, 0, 0, 0, 0).unwrap());
+    (receiver, CompletionReader::new(ring, 0), qpn)
 }
 
 /// The application with an XRC sender in place of its QP.
@@ -324,4 +330,68 @@ fn an_xrc_domain_of_a_file_is_shared_within_a_tenant_and_one_without_by_nobody()
     assert!(fabric.has_xrcd(1, (7, 7)), "one has it open still");
     fabric.close_xrcd(first);
     assert!(!fabric.has_xrcd(1, (7, 7)));
+}
+
+/// The same as [`xrc`], on two hosts.
+fn xrc_across() -> (Hosts, App, Receiver, CompletionReader, u32) {
+    let mut hosts = Hosts::new();
+    hosts.connect();
+    let sender = App::new(&mut hosts.fabrics[0], 1, QpType::Rc, Mode::Isolated);
+    let sender = as_xrc_sender(&mut hosts.fabrics[0], sender);
+    let (receiver, completions, qpn) = xrc_receiver(&mut hosts.fabrics[1], 11);
+    connect(&mut hosts.fabrics[1], (11, qpn), (1, sender.qpn), QpType::XrcRecv);
+    connect(&mut hosts.fabrics[0], (1, sender.qpn), (11, qpn), QpType::XrcSend);
+    hosts.settle();
+    (hosts, sender, receiver, completions, qpn)
+}
+
+#[test]
+fn an_xrc_request_goes_to_the_queue_that_it_names_on_another_host() {
+    let (mut hosts, mut sender, mut receiver, mut completions, qpn) = xrc_across();
+    for (opcode, slot) in [(Opcode::Send, 4), (Opcode::SendWithImm, 5), (Opcode::WriteWithImm, 6)] {
+        receiver.post(&hosts.fabrics[1], slot);
+        sender.bytes()[..16].fill(6);
+        let mut wqe = send(opcode, sender.sge(0, 16));
+        (wqe.srqn, wqe.imm) = (receiver.number, 0x77);
+        (wqe.remote_addr, wqe.rkey) = (receiver.app.addr() + 8192, receiver.app.key);
+        sender.post(&wqe);
+        hosts.settle();
+        assert_eq!(status(sender.sends.pop()), WcStatus::Success, "{opcode}");
+        let received = completions.pop().unwrap();
+        assert_eq!((received.wqe, received.byte_len, received.src_qp), (slot, 16, qpn), "{opcode}");
+        if opcode.has_imm() {
+            assert_eq!(received.imm, 0x77);
+        }
+        let at = if opcode == Opcode::WriteWithImm { 8192 } else { slot as usize * 64 };
+        assert!(receiver.app.bytes()[at..at + 16].iter().all(|byte| *byte == 6), "{opcode}");
+    }
+    sender.buffer[0] = 5;
+    for opcode in [Opcode::Write, Opcode::FetchAndAdd, Opcode::Read] {
+        let mut wqe = send(opcode, sender.sge(0, 8));
+        (wqe.srqn, wqe.remote_addr, wqe.rkey) =
+            (receiver.number, receiver.app.addr() + 8192, receiver.app.key);
+        (wqe.compare_add, wqe.swap) = (10, 0);
+        sender.post(&wqe);
+        hosts.settle();
+        assert_eq!(status(sender.sends.pop()), WcStatus::Success, "{opcode}");
+    }
+    assert_eq!((receiver.app.bytes()[8192], sender.buffer[0]), (15, 15));
+}
+
+#[test]
+fn an_xrc_request_from_another_host_waits_for_its_receive_and_is_refused_by_a_queue_that_is_not_there() {
+    let (mut hosts, mut sender, mut receiver, mut completions, _) = xrc_across();
+    let mut wqe = send(Opcode::Send, sender.sge(0, 16));
+    wqe.srqn = receiver.number;
+    sender.post(&wqe);
+    hosts.settle();
+    assert!(sender.sends.pop().is_none());
+    receiver.post(&hosts.fabrics[1], 0);
+    hosts.settle();
+    assert_eq!(status(sender.sends.pop()), WcStatus::Success);
+    assert!(completions.pop().is_some());
+    wqe.srqn = 4_000_000;
+    sender.post(&wqe);
+    hosts.settle();
+    assert_eq!(status(sender.sends.pop()), WcStatus::RemInvReqErr);
 }
