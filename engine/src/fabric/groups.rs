@@ -67,7 +67,7 @@ impl<M: Memory> Fabric<M> {
         let is_first = members.is_empty();
         members.insert(qpn, at);
         if is_first {
-            self.announce(tenant, group, true);
+            self.announce_group(tenant, group, true);
         }
         Ok(true)
     }
@@ -94,7 +94,7 @@ impl<M: Memory> Fabric<M> {
 
     fn leave_group(&mut self, tenant: u32, group: &Gid, qpn: u32) {
         if self.groups.leave(tenant, group, qpn) {
-            self.announce(tenant, group, false);
+            self.announce_group(tenant, group, false);
         }
     }
 }

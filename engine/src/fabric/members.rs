@@ -98,7 +98,7 @@ impl Elsewhere {
 
 impl<M: Memory> Fabric<M> {
     /// A group has its first member here, or has lost its last: other hosts are told.
-    pub(super) fn announce(&mut self, tenant: u32, group: &Gid, joined: bool) {
+    pub(super) fn announce_group(&mut self, tenant: u32, group: &Gid, joined: bool) {
         self.learn_servers(tenant);
         let servers: Vec<u32> = self.elsewhere.servers.get(&tenant).into_iter().flatten().copied().collect();
         for peer in servers {

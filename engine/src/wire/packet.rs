@@ -17,7 +17,7 @@ use super::{Path, SEGMENT};
 use crate::{MAX_DATAGRAM, MAX_MESSAGE};
 
 /// Version of this format and of the rules around it.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Bytes of a header.
 pub const HEADER: usize = 104;
 /// Bytes of the longest packet.
