@@ -72,7 +72,7 @@ fn rping_by_ipv6(bed: &Bed) -> Result<()> {
 fn cuts(bed: &Bed) -> Result<()> {
     for (server, client) in [
         ("ucmatose -p PORT -c 200 -C 3", "ucmatose -p PORT -c 200 -C 3 -s ADDR"),
-        ("udaddy -c 20 -C 20", "udaddy -c 20 -C 20 -s ADDR"),
+        ("rping -s -p PORT -C 400 -V", "rping -c -a ADDR -p PORT -C 400 -V"),
     ] {
         let port = free_port()?;
         let server = programs::serve(bed, server, port)?;

@@ -51,8 +51,9 @@ pub(crate) struct Initiator {
     held_up: bool,
     /// A NIC carries what takes receives: only the rest of such a request goes here.
     shares: bool,
-    /// For payload that comes from foreign memory.
+    /// For payload that comes from foreign memory: that of the packet `staged`.
     send_stage: Stage,
+    staged: u64,
     /// For answers that go to foreign memory.
     reply_stage: Stage,
     kept: VecDeque<(Header, Vec<u8>)>,
@@ -243,6 +244,10 @@ impl Initiator {
             header.set_srqn(sent.opcode, sent.wqe.srqn);
         }
         let (at, len) = (u64::from(header.offset), u64::from(header.len));
+        if std::mem::replace(&mut self.staged, self.cursor) != self.cursor {
+            // The packet that it was for has been acknowledged meanwhile, and payload of the same length is not the same.
+            self.send_stage.clear();
+        }
         let stage = &mut self.send_stage;
         let packed = outbox.push_with(&header, |into| match len {
             0 => requester.inspect(local, &mut sent.wqe).map(drop).map_err(Obstacle::Fault),
