@@ -16,13 +16,15 @@ pub struct CompletionQueue {
     bell: Option<Arc<dyn Bell>>,
     /// Told when it overruns.
     alarm: Option<Arc<dyn Bell>>,
+    /// Whether a CQ that is quiet is believed.
+    light: bool,
 }
 
 impl CompletionQueue {
     /// The CQ at `area`, whose completion channel (if any) is woken by `bell`.
     #[must_use]
     pub fn new(area: CqArea, bell: Option<Arc<dyn Bell>>) -> Self {
-        Self { area, bell, alarm: None }
+        Self { area, bell, alarm: None, light: false }
     }
 
     /// The same, with somebody who is told when it overruns.
@@ -32,14 +34,27 @@ impl CompletionQueue {
         self
     }
 
+    /// The same in a process that is registered for light fences: it tells nobody of completions while nobody asks.
+    #[must_use]
+    pub fn with_light_fences(self, light: bool) -> Self {
+        Self { light, ..self }
+    }
+
+    #[inline]
     fn publish(&self, slot: u32, solicited: bool) {
+        if !(self.light && self.area.is_quiet()) {
+            self.tell(slot, solicited);
+        }
+        if self.area.is_counted() {
+            self.count();
+        }
+    }
+
+    fn tell(&self, slot: u32, solicited: bool) {
         if self.area.publish(slot, solicited)
             && let Some(bell) = &self.bell
         {
             bell.ring();
-        }
-        if self.area.is_counted() {
-            self.count();
         }
     }
 

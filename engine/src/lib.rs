@@ -39,7 +39,7 @@ pub use fabric::{
     QpSnapshot, Routing, SrqInit, XrcInit,
 };
 pub use foreign::{Access, Foreign};
-pub use memory::{Fault, Memory};
+pub use memory::{Fault, KeyedRange, Memory};
 pub use requester::{Attempt, Fetch, Requester, Verdict};
 pub use responder::Responder;
 pub use window::{Bound, CHOSEN_BITS, MemoryWindow};

@@ -46,6 +46,17 @@ pub trait Memory {
         None
     }
 
+    /// Where a range is mapped in this process in one piece, if its key allows it. `None` tells nothing more than that
+    /// the general way must be gone. Valid as long as what [`Self::mapped`] gives.
+    #[inline]
+    fn locate(&self, range: &KeyedRange) -> Option<NonNull<u8>> {
+        let mr = match range.qpn {
+            None => self.lookup(range.key),
+            Some(qpn) => self.lookup_remote(range.key, qpn),
+        };
+        within(mr?, range.pd, range.iova, range.len, range.need)?.mapped(self)
+    }
+
     /// Whether all that was read from it so far was its content. Memory that the kernel could not give any more is
     /// zeros from then on, and what was copied from it is worth nothing.
     fn is_intact(&self) -> bool {
@@ -56,6 +67,23 @@ pub trait Memory {
     fn reaches(&self, _mr: &MrEntry, _addr: u64, _len: u64) -> bool {
         true
     }
+}
+
+/// What somebody wants to touch.
+#[derive(Clone, Copy, Debug)]
+pub struct KeyedRange {
+    /// The key that is shown.
+    pub key: u32,
+    /// The protection domain of the QP that the key is used at.
+    pub pd: u32,
+    /// That QP, where the key is a peer's.
+    pub qpn: Option<u32>,
+    /// First address, as the key's users name it.
+    pub iova: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The rights that it takes.
+    pub need: AccessFlags,
 }
 
 /// A checked piece of a client's memory.
@@ -70,7 +98,7 @@ pub(crate) struct Span {
 impl Span {
     /// Where all of it is mapped in this process, if it lies in one piece in the shared sub-range.
     #[inline(always)]
-    pub(crate) fn mapped(&self, memory: &impl Memory) -> Option<NonNull<u8>> {
+    pub(crate) fn mapped(&self, memory: &(impl Memory + ?Sized)) -> Option<NonNull<u8>> {
         let inside = self.addr >= self.mr.shared_start
             && self.addr.checked_add(self.len).is_some_and(|end| end <= self.mr.shared_end);
         if inside { memory.mapped(&self.mr, self.addr, self.len as usize) } else { None }

@@ -21,6 +21,16 @@ pub(crate) unsafe fn place(from: *const u8, to: *mut u8, len: usize) {
         unsafe { ptr::write_volatile(to.cast::<u64>(), ptr::read_unaligned(from.cast::<u64>())) };
         return;
     }
+    // SAFETY: the caller's promise.
+    unsafe { place_any(from, to, len) }
+}
+
+/// The same for any length and place.
+///
+/// # Safety
+/// As for [`place`].
+#[inline(never)]
+unsafe fn place_any(from: *const u8, to: *mut u8, len: usize) {
     if len == 0 {
         return;
     }

@@ -319,6 +319,7 @@ impl Requester {
     }
 
     /// Whether the WQE at the head was begun: in SQD it is still brought to its end.
+    #[inline]
     pub(crate) fn has_begun(&self) -> bool {
         self.area.header.journal_wqe().load(Ordering::Relaxed) == self.done.wrapping_add(1)
     }
@@ -371,6 +372,7 @@ impl Requester {
     }
 
     /// READs and atomics that may be outstanding. The owner knows what the router left in the header.
+    #[inline]
     fn initiator_depth(&self) -> u32 {
         if self.owner {
             self.area.header.initiator_depth().load(Ordering::Relaxed)

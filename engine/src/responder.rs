@@ -2,6 +2,7 @@
 //!
 //! Who may call it: the holder of the seat of the QP that sends to it, nobody else at the same time.
 
+mod at_once;
 mod datagrams;
 mod keyed;
 
@@ -10,7 +11,7 @@ use std::sync::{Arc, atomic::Ordering};
 use verbs_abi::{
     shm::{
         cqe::Cqe,
-        queue::QueueArea,
+        queue::{QueueArea, ResponderWords},
         wqe::{BadWqe, RecvWqe},
     },
     verbs::{AccessFlags, EventType, Opcode, QpState, QpType, WcFlags, WcOpcode, WcStatus},
@@ -140,6 +141,10 @@ pub struct Responder {
     spans: Vec<Span>,
     /// Datagrams on their way into foreign memory (UD).
     inbox: Inbox,
+    /// What a direct peer has seen in the shared header.
+    seen: Option<ResponderWords>,
+    /// Receives that a direct peer knows to be posted.
+    posted: u64,
 }
 
 impl Responder {
@@ -165,6 +170,8 @@ impl Responder {
             claimed: None,
             spans: Vec::new(),
             inbox: Inbox::default(),
+            seen: None,
+            posted: 0,
         }
     }
 
@@ -202,18 +209,29 @@ impl Responder {
     }
 
     /// Takes state and rights from the shared header, as a direct peer must before each request.
-    #[inline]
+    #[inline(always)]
     pub fn refresh(&mut self) {
-        let header = &self.area.header;
-        let state = header.state().load(Ordering::Acquire);
-        self.state = QpState::try_from(state).unwrap_or(QpState::Err);
-        self.peer = header.peer().load(Ordering::Relaxed);
-        let rights = header.rights().load(Ordering::Relaxed);
-        self.access = AccessFlags::try_from(rights as u32).unwrap_or_default();
-        self.min_rnr_timer = (rights >> 32) as u8;
+        let seen = self.area.header.responder_words();
+        if self.seen != Some(seen) {
+            self.learn(seen);
+        }
+    }
+
+    #[cold]
+    fn learn(&mut self, seen: ResponderWords) {
+        self.state = QpState::try_from(seen.state()).unwrap_or(QpState::Err);
+        self.peer = seen.peer();
+        self.access = AccessFlags::try_from(seen.rights() as u32).unwrap_or_default();
+        self.min_rnr_timer = (seen.rights() >> 32) as u8;
         self.visited = true;
-        self.established = header.established().load(Ordering::Relaxed) != 0;
-        self.completions.seek(header.rq_done().load(Ordering::Relaxed));
+        self.established = seen.established() != 0;
+        self.seen = Some(seen);
+    }
+
+    /// Goes on where the last holder of the seat stopped, as a direct peer must that did not hold it in between.
+    pub fn resume(&mut self) {
+        self.completions.seek(self.area.header.rq_done().load(Ordering::Acquire));
+        self.posted = self.completions.count();
     }
 
     /// Sets who the peer is and what it may do, and tells direct peers (router).

@@ -283,7 +283,7 @@ fn header_word(client: &Client, qp: usize, input: &mut Input<'_>) {
         }
         0 => header.seat().park(),
         1 => header.seat().leave(),
-        2 => drop(header.seat().enter()),
+        2 => drop(header.seat().enter(false)),
         3 => header.seat().give(),
         4 => header.state().store(value as u32, Ordering::Relaxed),
         5 => header.peer().store(value as u32, Ordering::Relaxed),

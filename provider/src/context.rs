@@ -15,7 +15,7 @@ use verbs_abi::proto::{Answer, Mode, Request, Welcome};
 use verbs_abi::shm::doorbell::Doorbells;
 use verbs_abi::shm::events::EventReader;
 use verbs_abi::shm::lane::{LanePage, WakeWord};
-use verbs_abi::shm::{LAYOUT_VERSION, PAGE, Window, arena};
+use verbs_abi::shm::{LAYOUT_VERSION, PAGE, Window, arena, barrier};
 use verbs_abi::verbs::EventType;
 
 use crate::abi::edge::Errno;
@@ -51,6 +51,8 @@ pub(crate) struct Context {
     pub(crate) events: AsyncEvents,
     /// The clients whose QPs this one executes on directly.
     pub(crate) peers: Peers,
+    /// Whether the fences of the data path are light ones, as the router makes heavy ones.
+    pub(crate) has_light_fences: bool,
     /// Bytes of device memory in use.
     pub(crate) dm_bytes: Arc<AtomicU64>,
     /// The PDs and the device memory, which can be imported.
@@ -83,6 +85,7 @@ pub(crate) fn open(_name: &str, events: BorrowedFd<'_>) -> Result<Arc<Context>, 
         channels: Channels::default(),
         events: AsyncEvents::new(counter, router_events),
         peers: Peers::default(),
+        has_light_fences: barrier::register() && arena::has_heavy_fences(&arena),
         dm_bytes: Arc::default(),
         importable: Importable::default(),
         contexts: AtomicU32::new(1),

@@ -10,6 +10,7 @@ use verbs_abi::ffi::{
     ibv_wc, ibv_wc__bindgen_ty_1, ibv_wc_opcode,
 };
 use verbs_abi::proto::{Answer, Request};
+use verbs_abi::shm::barrier;
 use verbs_abi::shm::cq::{Arm, CqArea};
 use verbs_abi::shm::cqe::Cqe;
 
@@ -68,6 +69,10 @@ impl Timed for Cq {
 impl Cq {
     /// A CQ without rings.
     pub(crate) fn new(id: u32, events: Arc<CqEvents>, bell: &Arc<Bell>, channel: Option<Arc<Channel>>) -> Cq {
+        // Who cannot end it must not begin it.
+        if barrier::is_registered() {
+            events.area.be_quiet();
+        }
         let rings = Lock::new(Rings::default());
         Cq { id, events, rings, bell: Arc::clone(bell), channel, moderation: Moderation::default() }
     }
@@ -142,6 +147,7 @@ impl Cq {
     }
 
     fn arm(self: &Arc<Self>, arm: Arm) {
+        self.events.area.end_quiet();
         let (held, period) = self.moderation.held();
         let is_new = self.events.area.arm(arm, held);
         if held != 0 && is_new {

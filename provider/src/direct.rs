@@ -4,21 +4,20 @@
 //! runs the engine itself, as long as the seat token is the owner's; what cannot complete now (no receive posted, a
 //! peer that is not ready, memory that was not moved) goes to the router with the token.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use engine::{Attempt, CompletionQueue, Completions, Fetch, Memory, Requester, Responder};
+use engine::{Attempt, CompletionQueue, Completions, Fetch, KeyedRange, Memory, Requester, Responder};
 use verbs_abi::proto::DirectPeer;
 use verbs_abi::shm::cq::CqArea;
 use verbs_abi::shm::cqe::CompletionWriter;
-use verbs_abi::shm::mr_table::{MrEntry, MrTable, WINDOW};
+use verbs_abi::shm::mr_table::{MrEntry, MrTable, WINDOW, index_of};
 use verbs_abi::shm::queue::QueueArea;
 use verbs_abi::shm::wqe::SendWqe;
-use verbs_abi::shm::{Window, arena};
+use verbs_abi::shm::{Window, arena, barrier};
 use verbs_abi::verbs::{AccessFlags, QpState, QpType};
 
 use crate::context::Context;
@@ -79,77 +78,127 @@ impl Peer {
 
 /// Either side's memory, as this process reaches it.
 #[derive(Debug)]
-enum Reach {
-    /// Our own: all of it, by address.
-    Own(MrTable),
-    /// A peer's: what was moved. The region used last is at hand.
-    Peer { peer: Arc<Peer>, last: RefCell<Option<Mapped>> },
+struct Reach {
+    table: MrTable,
+    /// The peer whose memory it is, of which what was moved is reached. Our own is reached by address.
+    peer: Option<Arc<Peer>>,
+    /// Keys used lately, each at the place that its index names.
+    known: [Cell<Known>; KNOWN],
+    /// What keeps the peer's ranges mapped that they name.
+    views: RefCell<[Option<Arc<View>>; KNOWN]>,
 }
 
-/// A range of a peer's region and where it is mapped.
-#[derive(Debug)]
-struct Mapped {
-    start: u64,
-    end: u64,
-    window: Arc<View>,
+/// Keys that are remembered.
+const KNOWN: usize = 8;
+
+/// What a key has given access to: true as long as the table's entry has this stamp.
+#[derive(Debug, Default, Clone, Copy)]
+struct Known {
+    key: u32,
+    stamp: u64,
+    pd: u32,
+    access: u32,
+    /// What of the MR is mapped in one piece, as the key's users name it.
+    iova: u64,
+    len: u64,
+    /// Where that begins in this process.
+    base: usize,
 }
 
-/// Where a peer's MR is mapped here: its shared sub-range, mapped at the first use.
-#[inline]
-fn base(peer: &Peer, last: &RefCell<Option<Mapped>>, mr: &MrEntry) -> Option<*mut u8> {
-    if let Some(known) = &*last.borrow()
-        && (known.start, known.end) == (mr.shared_start, mr.shared_end)
-    {
-        return Some(known.window.as_ptr());
+impl Known {
+    /// Where a range is, if the key allows it.
+    #[inline(always)]
+    fn find(&self, range: &KeyedRange) -> Option<NonNull<u8>> {
+        let offset = range.iova.wrapping_sub(self.iova);
+        let need = range.need.bits();
+        // An address below the first one has an offset beyond every length.
+        let inside = offset <= self.len && range.len <= self.len - offset;
+        if !inside || self.pd != range.pd || self.access & need != need {
+            return None;
+        }
+        NonNull::new((self.base + offset as usize) as *mut u8)
     }
-    map(peer, last, mr)
 }
 
-#[cold]
-fn map(peer: &Peer, last: &RefCell<Option<Mapped>>, mr: &MrEntry) -> Option<*mut u8> {
-    let window = peer.window(mr)?;
-    let base = window.as_ptr();
-    *last.borrow_mut() = Some(Mapped { start: mr.shared_start, end: mr.shared_end, window });
-    Some(base)
+impl Reach {
+    fn new(table: MrTable, peer: Option<Arc<Peer>>) -> Reach {
+        Reach { table, peer, known: Default::default(), views: RefCell::default() }
+    }
+
+    /// Learns what a key that is valid now stands for, as far as it is mapped in one piece.
+    #[cold]
+    fn learn(&self, key: u32) -> Option<Known> {
+        // Before the entry: one that changes meanwhile has another stamp.
+        let stamp = self.table.stamp(key);
+        let mr = self.lookup(key)?;
+        let (start, end) = (mr.shared_start.max(mr.addr), mr.shared_end.min(mr.addr.checked_add(mr.len)?));
+        let len = end.checked_sub(start).filter(|&len| len > 0)?;
+        let base = self.mapped(&mr, start, usize::try_from(len).ok()?)?.addr().get();
+        let iova = mr.iova.checked_add(start - mr.addr)?;
+        let known = Known { key, stamp, pd: mr.pd, access: mr.access, iova, len, base };
+        self.known[slot(key)].set(known);
+        Some(known)
+    }
+
+    /// Where a peer's MR is mapped here: its shared sub-range, mapped at the first use.
+    #[cold]
+    fn view(&self, peer: &Peer, mr: &MrEntry) -> Option<*mut u8> {
+        let view = peer.window(mr)?;
+        let base = view.as_ptr();
+        let place = slot(mr.key);
+        // What it replaces may be what the key there was known by.
+        self.known[place].set(Known::default());
+        self.views.borrow_mut()[place] = Some(view);
+        Some(base)
+    }
+}
+
+/// Where a key is remembered.
+#[inline]
+fn slot(key: u32) -> usize {
+    index_of(key) as usize % KNOWN
 }
 
 impl Memory for Reach {
-    #[inline(always)]
+    #[inline]
     fn lookup(&self, key: u32) -> Option<MrEntry> {
-        match self {
-            Reach::Own(table) => {
-                let mr = table.lookup(key).filter(|mr| mr.access & WINDOW == 0)?;
-                Some(MrEntry { shared_start: mr.addr, shared_end: mr.addr.wrapping_add(mr.len), ..mr })
-            }
-            Reach::Peer { peer, .. } => peer.table.lookup(key),
+        let mr = self.table.lookup(key)?;
+        if self.peer.is_some() {
+            return Some(mr);
         }
+        let own = MrEntry { shared_start: mr.addr, shared_end: mr.addr.wrapping_add(mr.len), ..mr };
+        (mr.access & WINDOW == 0).then_some(own)
     }
 
-    #[inline]
+    #[inline(always)]
+    fn locate(&self, range: &KeyedRange) -> Option<NonNull<u8>> {
+        let known = self.known[slot(range.key)].get();
+        // Of no key there is nothing to be found.
+        if known.key == range.key && known.stamp == self.table.stamp(range.key) {
+            return known.find(range);
+        }
+        self.learn(range.key)?.find(range)
+    }
+
     fn mapped(&self, mr: &MrEntry, addr: u64, len: usize) -> Option<NonNull<u8>> {
-        match self {
+        let Some(peer) = &self.peer else {
             // Pages that are found on demand may not be there: no fault of the application's own thread.
-            Reach::Own(_) if is_on_demand(mr) => None,
-            Reach::Own(_) => NonNull::new(addr as *mut u8),
-            Reach::Peer { peer, last } => {
-                let offset = usize::try_from(addr.checked_sub(mr.shared_start)?).ok()?;
-                let inside = offset.checked_add(len)? as u64 <= mr.shared_end.checked_sub(mr.shared_start)?;
-                let base = base(peer, last, mr).filter(|_| inside)?;
-                NonNull::new(base.wrapping_add(offset))
-            }
+            return if is_on_demand(mr) { None } else { NonNull::new(addr as *mut u8) };
+        };
+        if mr.access & WINDOW != 0 {
+            return None;
         }
+        let offset = usize::try_from(addr.checked_sub(mr.shared_start)?).ok()?;
+        let inside = offset.checked_add(len)? as u64 <= mr.shared_end.checked_sub(mr.shared_start)?;
+        let base = self.view(peer, mr).filter(|_| inside)?;
+        NonNull::new(base.wrapping_add(offset))
     }
 
-    #[inline]
     fn reaches(&self, mr: &MrEntry, addr: u64, len: u64) -> bool {
-        match self {
-            Reach::Own(_) => !is_on_demand(mr),
-            Reach::Peer { peer, last } => {
-                let end = addr.checked_add(len);
-                let inside = addr >= mr.shared_start && end.is_some_and(|end| end <= mr.shared_end);
-                inside && base(peer, last, mr).is_some()
-            }
-        }
+        let Some(peer) = &self.peer else { return !is_on_demand(mr) };
+        let end = addr.checked_add(len);
+        let inside = addr >= mr.shared_start && end.is_some_and(|end| end <= mr.shared_end);
+        inside && self.view(peer, mr).is_some()
     }
 }
 
@@ -167,6 +216,8 @@ pub(crate) struct Seat {
     peer: Reach,
     /// The term in which this process executed last.
     term: Option<u32>,
+    /// Whether the router pays for the fences around the seat.
+    is_light: bool,
 }
 
 /// What became of a work request that the owner tried to execute.
@@ -204,13 +255,15 @@ impl Seat {
         let area = QueueArea::new(&peer.arena, to.offset, to.geometry).ok_or_else(invalid)?;
         let cq = CqArea::new(&peer.arena, to.cq_offset).ok_or_else(invalid)?;
         let bell = bell.map(|fd| Arc::new(PeerBell(fd)) as Arc<dyn engine::Bell>);
-        let queue = Arc::new(CompletionQueue::new(cq, bell).with_alarm(qp.alarm()));
+        let queue = CompletionQueue::new(cq, bell).with_alarm(qp.alarm());
+        let queue = Arc::new(queue.with_light_fences(barrier::is_registered()));
         let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), queue, to.recv_slot);
         let responder = Responder::new(QpType::Rc, to.pd, area, receives);
 
         let own = MrTable::new(&device.arena).ok_or_else(invalid)?;
-        let peer = Reach::Peer { peer, last: RefCell::default() };
-        Ok(Seat { requester, responder, own: Reach::Own(own), peer, term: None })
+        let own = Reach::new(own, None);
+        let peer = Reach::new(peer.table.clone(), Some(peer));
+        Ok(Seat { requester, responder, own, peer, term: None, is_light: device.has_light_fences })
     }
 
     /// Begins to execute, if the seat is the owner's, with what the queue holds up to block `tail`. False: the router
@@ -218,15 +271,16 @@ impl Seat {
     #[inline]
     pub(crate) fn enter(&mut self, qp: &Qp, tail: u64) -> bool {
         let token = qp.area.header.seat();
-        if !token.enter() {
+        if !token.enter(self.is_light) {
             return false;
         }
         let term = Some(token.term());
         if self.term != term {
             self.term = term;
             self.requester.resume();
+            self.responder.resume();
         }
-        if self.requester.is_at(tail) || self.drain(qp) {
+        if self.requester.is_at(tail) || self.drain(qp, tail) {
             return true;
         }
         self.park(qp);
@@ -234,9 +288,14 @@ impl Seat {
     }
 
     /// Executes what the queue holds. False: the router goes on from here.
-    #[cold]
-    fn drain(&mut self, qp: &Qp) -> bool {
+    fn drain(&mut self, qp: &Qp, tail: u64) -> bool {
         loop {
+            if self.is_ready(qp) {
+                let peer = (&mut self.responder, &self.peer);
+                if self.requester.execute_next(tail, &self.own, peer, SLICE) {
+                    continue;
+                }
+            }
             match self.requester.fetch() {
                 Fetch::Empty => return true,
                 Fetch::Ready if self.attempt(qp) == Attempt::Done => {}
@@ -248,6 +307,18 @@ impl Seat {
     /// Executes a work request that is not in the queue.
     #[inline]
     pub(crate) fn execute(&mut self, qp: &Qp, wqe: &mut Box<SendWqe>) -> Tried {
+        if let Some(single) = wqe.single()
+            && self.is_ready(qp)
+            && self.requester.execute_single(&single, &self.own, (&mut self.responder, &self.peer), SLICE)
+        {
+            return Tried::Done;
+        }
+        self.execute_offered(qp, wqe)
+    }
+
+    /// The same, in the general way.
+    #[cold]
+    fn execute_offered(&mut self, qp: &Qp, wqe: &mut Box<SendWqe>) -> Tried {
         self.requester.offer(wqe);
         match self.attempt(qp) {
             Attempt::Done => Tried::Done,
@@ -259,13 +330,18 @@ impl Seat {
         }
     }
 
+    /// Whether the QP sends; learns what its peer answers now.
+    #[inline(always)]
+    fn is_ready(&mut self, qp: &Qp) -> bool {
+        self.responder.refresh();
+        qp.state() == QpState::Rts.value()
+    }
+
     /// Executes the work request at hand.
-    #[inline]
     fn attempt(&mut self, qp: &Qp) -> Attempt {
-        if qp.state() != QpState::Rts.value() {
+        if !self.is_ready(qp) {
             return Attempt::Wait(None);
         }
-        self.responder.refresh();
         let mut budget = SLICE;
         let peer = Some((&mut self.responder, &self.peer));
         self.requester.attempt(&self.own, peer, 0, &mut budget)
@@ -274,7 +350,7 @@ impl Seat {
     /// Stops executing and keeps the seat, unless the router wants it. True: the router must be rung.
     #[inline]
     pub(crate) fn leave(&mut self, qp: &Qp) -> bool {
-        if qp.area.header.seat_wanted().load(Ordering::Relaxed) != 0 {
+        if qp.area.header.seat().is_wanted() {
             self.park(qp);
             return true;
         }

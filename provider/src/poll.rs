@@ -69,6 +69,12 @@ impl Ring {
         limit
     }
 
+    /// Whether there is a completion.
+    #[inline]
+    fn is_ready(&self) -> bool {
+        self.reader.is_ready()
+    }
+
     /// Whether the next completion says that the QP failed before.
     #[inline]
     fn is_flushing(&self) -> bool {
@@ -207,15 +213,21 @@ impl Rings {
         if self.slots.len() > FEW_RINGS {
             return self.take_ready(area, limit, emit);
         }
-        let mut taken = 0;
-        for i in 0..self.slots.len() {
-            let slot = self.slots[(self.turn + i) % self.slots.len()];
+        let (mut taken, mut at) = (0, self.turn);
+        for _ in 0..self.slots.len() {
+            at = if at < self.slots.len() { at } else { 0 };
+            let slot = self.slots[at];
+            at += 1;
+            if !self.by_slot.get(slot as usize).is_some_and(|ring| ring.as_ref().is_some_and(Ring::is_ready))
+            {
+                continue;
+            }
             taken += self.drain(slot, limit - taken, emit);
             if taken == limit {
                 break;
             }
         }
-        self.turn = self.turn.wrapping_add(1);
+        self.turn = if self.turn + 1 < self.slots.len() { self.turn + 1 } else { 0 };
         taken
     }
 
@@ -247,6 +259,11 @@ impl Rings {
     }
 
     fn take_ready(&mut self, area: &CqArea, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
+        if area.is_quiet() {
+            area.end_quiet();
+            // What came before sets no bit any more.
+            self.slots.iter().for_each(|&slot| area.mark(slot));
+        }
         area.take_ready(|slot| {
             if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize)
                 && !ring.is_pending

@@ -5,7 +5,7 @@
 
 use std::ffi::c_int;
 use std::slice;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use verbs_abi::ffi::{ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge};
 use verbs_abi::shm::queue::QueueArea;
@@ -491,12 +491,11 @@ pub(crate) unsafe extern "C" fn recv(
             let mut queue = qp.recv.lock();
             // SAFETY: the application passes a list of work requests that ends in null.
             let result = unsafe { queue.post_list(qp, &mut next) };
-            // Release: the entries come before the tail.
-            qp.area.header.rq_tail().store(queue.posted, Ordering::Release);
+            // The entries come before the tail; and either the seat holder sees the new tail, or we see that it wants
+            // to be told: it looks at the two the other way round.
+            qp.area.header.rq_tail().store(queue.posted, Ordering::SeqCst);
             drop(queue);
-            // Either the seat holder sees the new tail, or we see that it wants to be told.
-            fence(Ordering::SeqCst);
-            if qp.area.header.rq_ring_me().load(Ordering::Relaxed) != 0 {
+            if qp.area.header.rq_ring_me().load(Ordering::SeqCst) != 0 {
                 qp.ring(true);
             }
             result

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use engine::{CompletionQueue, Completions};
 use verbs_abi::ffi::{ibv_qp, ibv_qp_attr, ibv_qp_init_attr, ibv_qp_rate_limit_attr};
 use verbs_abi::proto::{Answer, Gid, QpAttr, QpCap, Request};
+use verbs_abi::shm::barrier;
 use verbs_abi::shm::cqe::{CompletionReader, CompletionWriter, Cqe};
 use verbs_abi::shm::queue::{QpHeader, QueueArea};
 use verbs_abi::verbs::{QpAttrMask, QpState, QpType, WcStatus};
@@ -164,7 +165,9 @@ impl Qp {
     /// The send completions, as their producer sees them.
     pub(crate) fn own_sends(&self) -> Option<Completions> {
         let (cq, slot) = self.send_cq.as_ref()?;
-        let queue = CompletionQueue::new(cq.events.area.clone(), cq.channel_bell()).with_alarm(self.alarm());
+        let queue = CompletionQueue::new(cq.events.area.clone(), cq.channel_bell())
+            .with_alarm(self.alarm())
+            .with_light_fences(barrier::is_registered());
         let writer = CompletionWriter::new(self.area.sq_cqes.clone(), 0);
         Some(Completions::new(writer, Arc::new(queue), *slot))
     }

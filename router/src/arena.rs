@@ -17,6 +17,7 @@ use rustix::{
 use verbs_abi::shm::{
     Window,
     arena::{self, ARENA_LEN},
+    barrier,
 };
 
 use crate::{
@@ -49,7 +50,7 @@ impl Arena {
     pub(crate) fn new(health: &Arc<Health>) -> io::Result<Self> {
         let file = segment::sealed(c"freeflow-arena", ARENA_LEN as u64)?;
         let fixed = map(&file, 0, CHUNK as usize, health)?;
-        arena::initialise(&fixed);
+        arena::initialise(&fixed, barrier::heavy());
         let (chunks, heap) = (BTreeMap::from([(0, fixed.clone())]), Heap::new());
         Ok(Self { file, fixed, chunks, heap, health: Arc::clone(health) })
     }

@@ -355,7 +355,7 @@ fn a_direct_pair_is_introduced_and_taken_apart() {
     assert_eq!((peer.client, peer.qpn, peer.offset), (b.welcome.client, qp_b.new.qpn, qp_b.new.offset));
     // B stops in the middle of something for good: who waits for it is put off, but not for ever.
     let Answer::Direct(_) = b.connect(qp_b.new.qpn, qp_a.new.qpn, a.gid()) else { panic!("not direct") };
-    assert!(qp_b.area.header.seat().enter());
+    assert!(qp_b.area.header.seat().enter(false));
     let key = a.mr(pd_a, 4096, 4096);
     for request in [
         Request::DeregMr { key },

@@ -3,10 +3,9 @@
 //! Only the owner or the router executes a QP's send queue. `held` says that the router's halves are current:
 //! it holds the seat and has resumed from the shared words.
 
-use std::sync::atomic::Ordering;
-
 use verbs_abi::{
     proto::DirectPeer,
+    shm::barrier,
     verbs::{EventType, QpState},
 };
 
@@ -79,12 +78,9 @@ impl<M: Memory> Fabric<M> {
         if qp.held {
             return true;
         }
-        let header = &qp.requester.area().header;
-        if !header.seat().take() {
-            header.seat_wanted().store(1, Ordering::Relaxed);
+        if !qp.requester.area().header.seat().take() {
             return false;
         }
-        header.seat_wanted().store(0, Ordering::Relaxed);
         qp.held = true;
         let sane = qp.requester.resume();
         let verdict = qp.requester.take_verdict();
@@ -144,6 +140,16 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
+    /// Asks for the seats of QPs and of those that execute on them, before each is taken: one fence for all.
+    pub(super) fn ask_for_seats(&self, qps: &[usize]) {
+        let found = |at: usize| self.qps[at].as_ref();
+        let attached = qps.iter().filter_map(|at| found(*at)).flat_map(|qp| qp.attached.iter().copied());
+        let all = qps.iter().copied().chain(attached).filter_map(found).filter(|qp| !qp.held);
+        if all.filter(|qp| qp.requester.area().header.seat().ask()).count() > 0 {
+            barrier::heavy();
+        }
+    }
+
     /// Whether the receive side of a QP is the router's: no owner of a peer executes on it now.
     pub(super) fn seize_receives(&mut self, at: usize) -> bool {
         let attached = self.qps[at].as_ref().map(|qp| qp.attached.clone()).unwrap_or_default();
@@ -196,6 +202,7 @@ impl<M: Memory> Fabric<M> {
         let Some(&owner) = self.client_index.get(&client) else { return true };
         let paired: Vec<usize> =
             self.clients[owner].iter().flat_map(|client| client.paired.clone()).collect();
+        self.ask_for_seats(&paired);
         let mut quiet = true;
         for at in paired {
             quiet &= self.seize_receives(at) & self.borrow_seat(at);

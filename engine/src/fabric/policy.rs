@@ -89,7 +89,9 @@ impl<M: Memory> Fabric<M> {
     }
 
     fn withdraw_seats(&mut self, owner: usize) {
-        let paired = self.clients[owner].as_ref().map(|client| client.paired.clone()).unwrap_or_default();
+        let paired: Vec<usize> =
+            self.clients[owner].iter().flat_map(|client| client.paired.iter().copied()).collect();
+        self.ask_for_seats(&paired);
         for at in paired {
             let attached = self.qps[at].as_ref().map(|qp| qp.attached.clone()).unwrap_or_default();
             for direct in attached.into_iter().chain([at]) {

@@ -721,12 +721,20 @@ impl Owner {
     /// Executes what is posted; false when the router must go on.
     fn run(&mut self, app: &App) -> bool {
         let seat = app.area.header.seat();
-        if !seat.enter() {
+        if !seat.enter(false) {
             return false;
         }
         self.requester.resume();
-        while self.requester.fetch() == Fetch::Ready {
+        self.peer.resume();
+        let tail = app.area.header.sq_tail().load(Ordering::Acquire);
+        loop {
             self.peer.refresh();
+            if self.requester.execute_next(tail, &self.own, (&mut self.peer, &self.other), u64::MAX) {
+                continue;
+            }
+            if self.requester.fetch() != Fetch::Ready {
+                break;
+            }
             let mut budget = u64::MAX;
             let attempt =
                 self.requester.attempt(&self.own, Some((&mut self.peer, &self.other)), 0, &mut budget);
@@ -791,6 +799,28 @@ fn the_owner_executes_alone_and_the_router_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn a_receive_is_taken_once_whichever_way_a_request_goes() {
+    let (mut fabric, mut a, mut b) = direct_pair();
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut with_imm = send(Opcode::WriteWithImm, a.sge(0, 8));
+    (with_imm.remote_addr, with_imm.rkey) = (b.addr(), b.key);
+    for round in 0..20 {
+        b.post_recv(round, &[b.sge(64, 8)]);
+        let plain = send(Opcode::Send, a.sge(0, 8));
+        a.post(if round % 3 == 0 { &plain } else { &with_imm });
+        assert!(owner.run(&a), "round {round}");
+        assert_eq!(b.receives.pop().map(|cqe| cqe.wr_id), Some(round));
+        assert_eq!(status(a.sends.pop()), WcStatus::Success);
+    }
+    // What is in the queue still was taken.
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    assert!(!owner.run(&a));
+    a.doorbells.ring(a.slot);
+    turn(&mut fabric, 0);
+    assert_eq!((a.sends.pop(), b.receives.pop()), (None, None));
+}
+
+#[test]
 fn an_owners_bad_request_fails_both_ends() {
     let (mut fabric, mut a, b) = direct_pair();
     let mut owner = Owner::new(&fabric, &a, &b);
@@ -810,7 +840,7 @@ fn what_a_killed_owner_published_counts_once_and_what_it_did_not_never() {
     b.post_recv(1, &[b.sge(0, 8)]);
     b.post_recv(2, &[b.sge(0, 8)]);
     // Killed after it published the receive completion and before it moved the count.
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     let mut writer = verbs_abi::shm::cqe::CompletionWriter::new(b.area.rq_cqes.clone(), 0);
     writer.push(&Cqe { wr_id: 1, ..Cqe::default() });
     b.cq.arm(Arm::Any, 0);
@@ -827,14 +857,14 @@ fn what_a_killed_owner_published_counts_once_and_what_it_did_not_never() {
 #[test]
 fn a_running_peer_is_seized_when_it_leaves() {
     let (mut fabric, a, b) = direct_pair();
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     assert!(!fabric.seize(b.client, b.qpn));
     assert!(!fabric.is_quiet(b.client));
     a.area.header.seat().leave();
     assert!(fabric.is_quiet(b.client));
-    assert!(!a.area.header.seat().enter(), "the router holds the seat");
+    assert!(!a.area.header.seat().enter(false), "the router holds the seat");
     turn(&mut fabric, 0);
-    assert!(a.area.header.seat().enter(), "and gives it back");
+    assert!(a.area.header.seat().enter(false), "and gives it back");
 }
 
 #[test]

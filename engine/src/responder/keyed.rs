@@ -1,11 +1,8 @@
 //! Requests for memory that a key names: READ, WRITE, atomics, ATOMIC WRITE, FLUSH.
 
-use std::{
-    ptr::NonNull,
-    sync::atomic::{Ordering, fence},
-};
+use std::sync::atomic::{Ordering, fence};
 
-use verbs_abi::verbs::{AccessFlags, QpState};
+use verbs_abi::verbs::AccessFlags;
 
 use super::{ACCESS, INVALID_REQUEST, OPERATION, Reply, Request, Responder, place_slice};
 use crate::{
@@ -70,24 +67,6 @@ impl Responder {
                 Err(_) => OPERATION,
             },
         }
-    }
-
-    /// Where an RDMA WRITE of the connected peer goes, if all is well with it and it goes to one mapped piece.
-    #[inline]
-    pub(crate) fn write_target<M: Memory>(
-        &self,
-        memory: &M,
-        source_qpn: u32,
-        rkey: u32,
-        addr: u64,
-        len: u64,
-    ) -> Option<NonNull<u8>> {
-        let need = AccessFlags::REMOTE_WRITE;
-        let is_new = self.state == QpState::Rtr && !self.established;
-        if !self.state.may_respond() || is_new || self.peer != source_qpn || !self.access.contains(need) {
-            return None;
-        }
-        check_remote(memory, (self.pd, self.qpn), rkey, addr, len, need)?.mapped(memory)
     }
 
     pub(super) fn write<M: Memory>(

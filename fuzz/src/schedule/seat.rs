@@ -100,6 +100,12 @@ impl SendQueue {
         if self.turn == Some(Turn::Owner)
             && let Some(seat) = &mut self.seat
         {
+            if let Some(single) = self.wqe.single()
+                && seat.is_ready(qp)
+                && seat.requester.execute_single(&single, &seat.own, (&mut seat.responder, &seat.peer), SLICE)
+            {
+                return;
+            }
             seat.requester.offer(&mut self.wqe);
             match seat.attempt(qp) {
                 Attempt::Done => return,
@@ -166,15 +172,22 @@ impl Seat {
     /// Begins to execute, with what the queue holds. False: the router holds the seat, or goes on from here.
     fn enter(&mut self, qp: &Qp, tail: u64) -> bool {
         let token = qp.area.header.seat();
-        if !token.enter() {
+        if !token.enter(false) {
             return false;
         }
         let term = Some(token.term());
         if self.term != term {
             self.term = term;
             assert!(self.requester.resume(), "the router left counts that cannot be");
+            self.responder.resume();
         }
         while !self.requester.is_at(tail) {
+            if self.is_ready(qp) {
+                let peer = (&mut self.responder, &self.peer);
+                if self.requester.execute_next(tail, &self.own, peer, SLICE) {
+                    continue;
+                }
+            }
             if self.requester.fetch() != Fetch::Ready || self.attempt(qp) != Attempt::Done {
                 self.park(qp);
                 return false;
@@ -183,17 +196,21 @@ impl Seat {
         true
     }
 
+    fn is_ready(&mut self, qp: &Qp) -> bool {
+        self.responder.refresh();
+        qp.area.header.state().load(Ordering::Acquire) == QpState::Rts.value()
+    }
+
     fn attempt(&mut self, qp: &Qp) -> Attempt {
-        if qp.area.header.state().load(Ordering::Acquire) != QpState::Rts.value() {
+        if !self.is_ready(qp) {
             return Attempt::Wait(None);
         }
-        self.responder.refresh();
         let (mut budget, peer) = (SLICE, Some((&mut self.responder, &self.peer)));
         self.requester.attempt(&self.own, peer, 0, &mut budget)
     }
 
     fn leave(&mut self, qp: &Qp) -> bool {
-        if qp.area.header.seat_wanted().load(Ordering::Relaxed) != 0 {
+        if qp.area.header.seat().is_wanted() {
             self.park(qp);
             return true;
         }

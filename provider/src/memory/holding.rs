@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 
 use super::extents::Extents;
-use super::maps::{self, EVERYTHING, Mapping};
+use super::maps::{EVERYTHING, Mapping, Maps};
 use super::mover::{RegisterError, Registration};
 use super::pagemap::Pagemap;
 use super::pinned::{self, Pinned};
@@ -27,6 +27,8 @@ const SLICE: usize = 32 << 20;
 pub(super) struct Holding {
     pub(super) region: Region,
     pinned: Pinned,
+    maps: Maps,
+    pagemap: Pagemap,
     /// Moved pages, with their holders.
     extents: Extents,
     /// Moved pages without a holder that could not go back yet.
@@ -59,6 +61,8 @@ impl Holding {
         Holding {
             region,
             pinned: Pinned::open(),
+            maps: Maps::open(),
+            pagemap: Pagemap::open(),
             extents: Extents::default(),
             idle: Extents::default(),
             generation,
@@ -80,7 +84,7 @@ impl Holding {
         if range.is_empty() {
             return Ok(Registration { pages: 0..0, shared: 0..0 });
         }
-        let mappings = maps::select(range, |_| true).map_err(RegisterError::Maps)?;
+        let mappings = self.maps.select(range, |_| true).map_err(RegisterError::Maps)?;
         check_access(&mappings, range, writable)?;
         let spans = self.spans(&mappings, range, &books.staying);
         let mut shared = largest_run(&spans);
@@ -127,7 +131,6 @@ impl Holding {
     }
 
     fn move_spans(&self, spans: &[&Span], books: &mut Books) -> Result<(), Errno> {
-        let pagemap = Pagemap::open();
         let mut peace = None;
         let (mut left, mut pinned) = (0, false);
         for span in spans {
@@ -141,7 +144,7 @@ impl Holding {
                     left = SLICE;
                 }
                 let end = span.range.end.min(at + left);
-                self.region.move_in(&(at..end), span.prot, &pagemap, pinned)?;
+                self.region.move_in(&(at..end), span.prot, &self.pagemap, pinned)?;
                 left -= end - at;
                 at = end;
             }
@@ -224,7 +227,7 @@ impl Holding {
     /// Where the file's pages at the offsets `free` are mapped.
     fn pieces(&self, free: &Range<usize>, views: &Views) -> Result<Vec<Piece>, Errno> {
         let find = |range: &Range<usize>| -> Result<Vec<Piece>, Errno> {
-            let shown = maps::select(range, |mapping| {
+            let shown = self.maps.select(range, |mapping| {
                 self.region.is_shown_by(mapping) && !views.cover(mapping.range.start)
             })?;
             Ok(shown.iter().filter_map(|mapping| Piece::of(mapping, free)).collect())

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 
@@ -58,19 +58,40 @@ impl Mapping {
 /// The mappings that overlap `range` and that `keep` wants, by rising address.
 pub(super) fn select(
     range: &Range<usize>,
-    mut keep: impl FnMut(&Mapping) -> bool,
+    keep: impl FnMut(&Mapping) -> bool,
 ) -> Result<Vec<Mapping>, Errno> {
-    let maps = rustix::fs::open(c"/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    let mut kept = Vec::new();
-    let mut visit = |mapping: Mapping| {
-        if keep(&mapping) {
-            kept.push(mapping);
-        }
-    };
-    if *range == EVERYTHING || !ask(&maps, range, &mut visit)? {
-        read(&maps, range, &mut visit)?;
+    Maps::open().select(range, keep)
+}
+
+/// The file, kept open by who asks often: opening it takes longer than a question. It tells of the process that opened
+/// it, whoever asks.
+#[derive(Debug)]
+pub(super) struct Maps(Result<OwnedFd, Errno>);
+
+impl Maps {
+    pub(super) fn open() -> Maps {
+        Maps(rustix::fs::open(c"/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()))
     }
-    Ok(kept)
+
+    /// The mappings that overlap `range` and that `keep` wants, by rising address.
+    pub(super) fn select(
+        &self,
+        range: &Range<usize>,
+        mut keep: impl FnMut(&Mapping) -> bool,
+    ) -> Result<Vec<Mapping>, Errno> {
+        let maps = self.0.as_ref().map_err(|errno| *errno)?;
+        let mut kept = Vec::new();
+        let mut visit = |mapping: Mapping| {
+            if keep(&mapping) {
+                kept.push(mapping);
+            }
+        };
+        if *range == EVERYTHING || !ask(maps, range, &mut visit)? {
+            rustix::fs::seek(maps, SeekFrom::Start(0))?;
+            read(maps, range, &mut visit)?;
+        }
+        Ok(kept)
+    }
 }
 
 /// How many mappings there are. As slow as there are many.
@@ -332,7 +353,7 @@ mod tests {
                 eprintln!("skipped: this kernel has no PROCMAP_QUERY");
                 return;
             }
-            rustix::fs::seek(&maps, rustix::fs::SeekFrom::Start(0)).unwrap();
+            rustix::fs::seek(&maps, SeekFrom::Start(0)).unwrap();
             read(&maps, &range, &mut |mapping| found.push(mapping)).unwrap();
             assert_eq!(asked, found);
             assert_eq!(asked.len(), 1);

@@ -24,8 +24,9 @@ pub const HEAP: u64 = 1 << 24;
 const MAGIC: u64 = u64::from_le_bytes(*b"ffarena1");
 const _: () = assert!(MR_TABLE + MAX_MR as u64 * 64 <= HEAP);
 
-/// Writes the header of a new arena (router).
-pub fn initialise(arena: &Window) {
+/// Writes the header of a new arena (router). `heavy`: the router makes heavy fences ([`super::barrier`]).
+pub fn initialise(arena: &Window, heavy: bool) {
+    arena.u64(16).store(heavy.into(), Ordering::Relaxed);
     arena.u64(8).store(u64::from(LAYOUT_VERSION), Ordering::Relaxed);
     arena.u64(0).store(MAGIC, Ordering::Release);
 }
@@ -36,4 +37,10 @@ pub fn is_known(arena: &Window) -> bool {
     arena.len() == ARENA_LEN
         && arena.u64(0).load(Ordering::Acquire) == MAGIC
         && arena.u64(8).load(Ordering::Relaxed) == u64::from(LAYOUT_VERSION)
+}
+
+/// Whether the router of a known arena makes heavy fences, so that its clients need only light ones.
+#[must_use]
+pub fn has_heavy_fences(arena: &Window) -> bool {
+    arena.u64(16).load(Ordering::Relaxed) != 0
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! 0     notify   2 bits: what is asked for; 1: held back; 16: completions until the event; above: events so far
 //! 8     limit    completions that may wait to be polled, 0 where nobody counts; then whether there were more
+//! 24    quiet    non-zero: the owner looks into each ring and asks for nothing; owner writes
 //! 64    summary  8 words, one bit a ready word
 //! 128   ready    512 words, one bit a completion ring
 //! 4224  written  completions, where they are counted       producers add
@@ -18,13 +19,14 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::{BLOCK, PAGE, Window};
+use super::{BLOCK, PAGE, Window, barrier};
 
 /// Rings one CQ can gather.
 pub const MAX_RINGS: u32 = 512 * 64;
 /// Bytes of a CQ.
 pub const CQ_LEN: usize = 2 * PAGE;
 
+const QUIET: usize = 24;
 const SUMMARY: usize = BLOCK;
 const READY: usize = 2 * BLOCK;
 const LIMIT: usize = 8;
@@ -60,6 +62,29 @@ impl CqArea {
     #[must_use]
     pub fn new(arena: &Window, offset: u64) -> Option<Self> {
         Some(Self(arena.sub(offset, CQ_LEN)?))
+    }
+
+    /// Says that nobody need be told of completions for now, as the owner looks into each ring (owner).
+    pub fn be_quiet(&self) {
+        self.0.u64(QUIET).store(1, Ordering::SeqCst);
+    }
+
+    /// Ends that: from now on producers set ready bits and raise events. What they published before is in the rings
+    /// when this returns (owner).
+    pub fn end_quiet(&self) {
+        if self.is_quiet() {
+            self.0.u64(QUIET).store(0, Ordering::SeqCst);
+            barrier::heavy();
+        }
+    }
+
+    /// Whether nobody need be told of completions. A producer that goes by it must be in a process that is registered
+    /// for light fences, and look after it has published.
+    #[inline]
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        barrier::light(true);
+        self.0.u64(QUIET).load(Ordering::Relaxed) != 0
     }
 
     /// Says that ring `slot` holds something, after the entry is published (producer). True: the caller

@@ -134,6 +134,14 @@ impl CompletionReader {
         (self.head..=self.head.saturating_add(self.mask)).take_while(written).count() as u64
     }
 
+    /// Whether the next completion is there.
+    #[inline]
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let at = (self.head & self.mask) as usize * CQE_LEN;
+        (self.ring.u64(at + 24).load(Ordering::Acquire) >> 32) as u32 == sequence(self.head)
+    }
+
     /// Whether the next completion is there and says `WR_FLUSH_ERR`.
     #[inline]
     #[must_use]

@@ -3,7 +3,7 @@
 //! Per client the router makes one *arena* (a sealed memfd):
 //!
 //! ```text
-//! 0        header        magic, version                         router writes
+//! 0        header        magic, version, heavy fences           router writes
 //! 1 page   doorbells     summary + one bit a QP slot            owner sets, router clears
 //! 2 pages  async events  ring of 16-byte records                router writes
 //! 64 KiB   MR table      64 bytes an entry                      router writes, anyone may invalidate
@@ -14,6 +14,7 @@
 //! then checked, then used. Offsets, never pointers. Every word has one writer at a time.
 
 pub mod arena;
+pub mod barrier;
 pub mod cq;
 pub mod cqe;
 pub mod doorbell;

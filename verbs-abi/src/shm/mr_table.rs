@@ -96,6 +96,13 @@ impl MrTable {
         self.0.u32(index_of(key) as usize * BLOCK + KEY).store(0, Ordering::SeqCst);
     }
 
+    /// What changes with whatever changes of the entry that `key` names: it is the same as long as this is.
+    #[inline]
+    #[must_use]
+    pub fn stamp(&self, key: u32) -> u64 {
+        self.0.u64(index_of(key) as usize * BLOCK).load(Ordering::Acquire)
+    }
+
     /// Copies the entry of `key` out, if the key is valid and no writer is at work on it.
     #[inline(always)]
     #[must_use]
@@ -142,7 +149,11 @@ mod tests {
         table.publish(&entry);
         assert_eq!(table.lookup(entry.key), Some(entry));
         assert_eq!(table.lookup(entry.key ^ 1), None);
+        let stamp = table.stamp(entry.key);
         table.invalidate(entry.key);
         assert_eq!(table.lookup(entry.key), None);
+        assert_ne!(table.stamp(entry.key), stamp);
+        table.publish(&entry);
+        assert_ne!(table.stamp(entry.key), stamp, "as good, and not the same");
     }
 }

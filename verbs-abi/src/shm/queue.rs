@@ -3,10 +3,11 @@
 //! ```text
 //! 0    owner line      SQ tail (blocks), RQ tail (entries), polled  owner writes
 //! 64   requester line  SQ head (blocks), WQEs done, CQEs written    seat holder writes
-//! 128  seat line       seat token                                   owner/router
-//! 192  responder line  receives done, "ring me" flag                seat holder of the peer's SQ writes
+//!                      what the owner does (seat)                   owner writes
+//! 128  seat line       what the router grants (seat)                router writes
+//! 192  responder line  receives done                                seat holder of the peer's SQ writes
 //! 256  journal         the WQE in progress                          seat holder writes
-//! 320  state line      state, rights and depths                     router writes, a direct peer reads often
+//! 320  state line      state, rights and depths, "ring me" flag      router writes, owner and direct peer read often
 //! 512  SQ blocks | RQ entries | SQ completions | RQ completions
 //! ```
 //!
@@ -145,14 +146,7 @@ impl QpHeader {
     #[inline]
     #[must_use]
     pub fn seat(&self) -> Seat<'_> {
-        Seat::new(self.0.u32(128))
-    }
-
-    /// Non-zero: the router wants the seat; an owner that leaves hands it over.
-    #[inline]
-    #[must_use]
-    pub fn seat_wanted(&self) -> &AtomicU32 {
-        self.0.u32(132)
+        Seat::new(self.0.u32(128), self.0.u32(100))
     }
 
     /// `enum ibv_qp_state`, for the owner's and a direct peer's eyes.
@@ -190,6 +184,18 @@ impl QpHeader {
         self.0.u32(340)
     }
 
+    /// What a direct peer must know before each request.
+    #[inline]
+    #[must_use]
+    pub fn responder_words(&self) -> ResponderWords {
+        let line = self.0.block(320);
+        ResponderWords([
+            line[0].load(Ordering::Acquire),
+            line[1].load(Ordering::Relaxed),
+            line[2].load(Ordering::Relaxed),
+        ])
+    }
+
     /// Non-zero: the QP may be connected directly; its owner clears this and asks for the pairing.
     #[inline]
     #[must_use]
@@ -208,7 +214,7 @@ impl QpHeader {
     #[inline]
     #[must_use]
     pub fn rq_ring_me(&self) -> &AtomicU32 {
-        self.0.u32(200)
+        self.0.u32(348)
     }
 
     /// Journal: number of the send WQE in progress plus one, 0 when none.
@@ -223,6 +229,36 @@ impl QpHeader {
     #[must_use]
     pub fn journal_placed(&self) -> &AtomicU64 {
         self.0.u64(264)
+    }
+}
+
+/// The words of the state line that say what a QP answers, as they lie there, two halves each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResponderWords([u64; 3]);
+
+impl ResponderWords {
+    /// [`QpHeader::state`].
+    #[must_use]
+    pub fn state(self) -> u32 {
+        self.0[0] as u32
+    }
+
+    /// [`QpHeader::peer`].
+    #[must_use]
+    pub fn peer(self) -> u32 {
+        (self.0[0] >> 32) as u32
+    }
+
+    /// [`QpHeader::rights`].
+    #[must_use]
+    pub fn rights(self) -> u64 {
+        self.0[1]
+    }
+
+    /// [`QpHeader::established`].
+    #[must_use]
+    pub fn established(self) -> u32 {
+        (self.0[2] >> 32) as u32
     }
 }
 
@@ -293,6 +329,31 @@ impl QueueArea {
         Ok(true)
     }
 
+    /// Copies SQ block `head` out, which is published.
+    #[inline]
+    #[must_use]
+    pub fn read_sq_block(&self, head: u64) -> [u64; 8] {
+        self.sq.read_block(self.sq_at(head))
+    }
+
+    /// Copies the receive WQE `index` out, which is published, if it has one SGE.
+    #[inline]
+    #[must_use]
+    pub fn read_single_recv(&self, index: u64) -> Option<(u64, wqe::Sge)> {
+        if self.geometry.rq_stride == 0 {
+            return None;
+        }
+        RecvWqe::single(&self.rq.read_block(self.rq_at(index)))
+    }
+
+    /// Says that the receive WQE `index`, which is published, is read soon.
+    #[inline]
+    pub fn expect_recv(&self, index: u64) {
+        if self.geometry.rq_stride != 0 {
+            self.rq.prefetch(self.rq_at(index));
+        }
+    }
+
     /// Copies the receive WQE `index` into `wqe`. `Ok(false)`: nothing published there.
     ///
     /// # Errors
@@ -319,5 +380,24 @@ impl QueueArea {
     #[inline]
     fn rq_at(&self, index: u64) -> usize {
         (index as usize & (self.geometry.rq_entries as usize - 1)) * self.geometry.rq_stride as usize * BLOCK
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_direct_peer_sees_the_words_that_the_router_writes() {
+        let geometry = Geometry::new(1, 1, 1, 1, 0).unwrap();
+        let area = QueueArea::new(&Window::heap(geometry.len()), 0, geometry).unwrap();
+        let header = &area.header;
+        header.state().store(1, Ordering::Relaxed);
+        header.peer().store(2, Ordering::Relaxed);
+        header.rights().store(3 << 32 | 4, Ordering::Relaxed);
+        header.established().store(5, Ordering::Relaxed);
+        let words = header.responder_words();
+        let told = (words.state(), words.peer(), words.rights(), words.established());
+        assert_eq!(told, (1, 2, 3 << 32 | 4, 5));
     }
 }

@@ -42,10 +42,12 @@ pub struct Sge {
 }
 
 impl Sge {
+    #[inline]
     fn words(self) -> [u64; 2] {
         [self.addr, u64::from(self.lkey) << 32 | u64::from(self.length)]
     }
 
+    #[inline]
     fn from_words(words: [u64; 2]) -> Self {
         Self { addr: words[0], length: words[1] as u32, lkey: (words[1] >> 32) as u32 }
     }
@@ -136,6 +138,88 @@ pub struct RecvWqe {
     sges: [Sge; MAX_SGE],
 }
 
+/// A send work request whose payload is one piece, as most are: all that executing it takes, without the lists.
+#[derive(Clone, Copy, Debug)]
+pub struct Single<'a> {
+    /// The application's id.
+    pub wr_id: u64,
+    /// `enum ibv_wr_opcode`, unchecked.
+    pub opcode: u8,
+    /// See [`flag`].
+    pub flags: u8,
+    /// Immediate data as the wire carries it.
+    pub imm: u32,
+    /// Remote address.
+    pub remote_addr: u64,
+    /// Remote key.
+    pub rkey: u32,
+    /// What it moves.
+    pub payload: Payload<'a>,
+}
+
+/// The one piece of payload.
+#[derive(Clone, Copy, Debug)]
+pub enum Payload<'a> {
+    /// Carried by the work request.
+    Inline(&'a [u8]),
+    /// Memory of the application.
+    Memory(Sge),
+}
+
+impl Payload<'_> {
+    /// Bytes of it.
+    #[inline]
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Inline(bytes) => bytes.len() as u64,
+            Self::Memory(sge) => sge.length.into(),
+        }
+    }
+
+    /// Whether there is none.
+    #[inline]
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Room for the inline bytes of a [`Single`] that is read from a block.
+pub type InlineRoom = [u8; INLINE_IN_FIRST];
+
+impl<'a> Single<'a> {
+    /// The work request of a block that is a private copy, if it is whole and has one piece of payload.
+    #[inline]
+    #[must_use]
+    pub fn of_block(block: &[u64; 8], room: &'a mut InlineRoom) -> Option<Self> {
+        const SHAPE: u64 = 0xffff_0000 | (flag::ADDRESS as u64) << 8;
+        let (num_sge, blocks) = (1 << 24, 1 << 16);
+        let (inline, srqn) = (block[3] >> 32 & ((1 << INLINE_BITS) - 1), block[3] >> (32 + INLINE_BITS));
+        let is_inline = block[1] >> 8 & u64::from(flag::INLINE) != 0;
+        let payload = match block[1] & SHAPE {
+            shape if shape == blocks && is_inline && inline <= INLINE_IN_FIRST as u64 => {
+                room[..8].copy_from_slice(&block[4].to_le_bytes());
+                room[8..].copy_from_slice(&block[5].to_le_bytes());
+                Payload::Inline(&room[..inline as usize])
+            }
+            shape if shape == blocks | num_sge && !is_inline => {
+                Payload::Memory(Sge::from_words([block[4], block[5]]))
+            }
+            _ => return None,
+        };
+        (srqn == 0).then_some(Self {
+            wr_id: block[0],
+            opcode: block[1] as u8,
+            flags: (block[1] >> 8) as u8,
+            imm: (block[1] >> 32) as u32,
+            remote_addr: block[2],
+            rkey: block[3] as u32,
+            payload,
+        })
+    }
+}
+
 /// What an owner published is not a WQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadWqe {
@@ -214,6 +298,26 @@ impl SendWqe {
         (self.flags & flag::INLINE != 0).then(|| &self.inline[..self.inline_len as usize])
     }
 
+    /// The same work request, if its payload is one piece.
+    #[inline]
+    #[must_use]
+    pub fn single(&self) -> Option<Single<'_>> {
+        let payload = match self.inline() {
+            Some(bytes) => Payload::Inline(bytes),
+            None if self.num_sge == 1 => Payload::Memory(self.sges[0]),
+            None => return None,
+        };
+        (self.flags & flag::ADDRESS == 0 && self.srqn == 0).then_some(Single {
+            wr_id: self.wr_id,
+            opcode: self.opcode,
+            flags: self.flags,
+            imm: self.imm,
+            remote_addr: self.remote_addr,
+            rkey: self.rkey,
+            payload,
+        })
+    }
+
     /// Bytes of payload.
     #[inline]
     #[must_use]
@@ -256,6 +360,10 @@ impl SendWqe {
     /// Writes the blocks through `write` and returns how many there are.
     #[inline]
     pub fn encode(&self, mut write: impl FnMut(u64, &[u64; 8])) -> u64 {
+        if self.num_sge == 1 && self.flags & (flag::INLINE | flag::ADDRESS) == 0 {
+            write(0, &self.first_block(1 | 1 << 8, 0, self.sges[0].words(), [self.compare_add, self.swap]));
+            return 1;
+        }
         let inline = self.inline();
         let has_address = self.flags & flag::ADDRESS != 0;
         let num_sge = if inline.is_some() { 0 } else { self.num_sge as usize };
@@ -272,21 +380,8 @@ impl SendWqe {
             None if num_sge > 0 => self.sges[0].words(),
             None => [0; 2],
         };
-        let shape =
-            u64::from(self.opcode) | u64::from(self.flags) << 8 | blocks << 16 | (num_sge as u64) << 24;
-        write(
-            0,
-            &[
-                self.wr_id,
-                shape | u64::from(self.imm) << 32,
-                self.remote_addr,
-                u64::from(self.rkey) | (inline_len as u64 | u64::from(self.srqn) << INLINE_BITS) << 32,
-                payload[0],
-                payload[1],
-                operands[0],
-                operands[1],
-            ],
-        );
+        let shape = blocks | (num_sge as u64) << 8;
+        write(0, &self.first_block(shape, inline_len as u64, payload, operands));
         let mut at = 1;
         if has_address {
             write(at, &self.address_block());
@@ -304,6 +399,22 @@ impl SendWqe {
         }
         debug_assert_eq!(at, blocks);
         blocks
+    }
+
+    /// The first block of a WQE whose shape is its blocks, and SGEs above.
+    #[inline]
+    fn first_block(&self, shape: u64, inline_len: u64, payload: [u64; 2], operands: [u64; 2]) -> [u64; 8] {
+        let shape = u64::from(self.opcode) | u64::from(self.flags) << 8 | shape << 16;
+        [
+            self.wr_id,
+            shape | u64::from(self.imm) << 32,
+            self.remote_addr,
+            u64::from(self.rkey) | (inline_len | u64::from(self.srqn) << INLINE_BITS) << 32,
+            payload[0],
+            payload[1],
+            operands[0],
+            operands[1],
+        ]
     }
 
     /// Reads a WQE of at most `available` blocks through `read`; a private copy from then on.
@@ -410,6 +521,12 @@ impl RecvWqe {
         &self.sges[..self.num_sge as usize]
     }
 
+    /// The id and the SGE of a receive whose first block this is, if it has one SGE.
+    #[inline]
+    pub(super) fn single(first: &[u64; 8]) -> Option<(u64, Sge)> {
+        (first[1] == 1).then(|| (first[0], Sge::from_words([first[2], first[3]])))
+    }
+
     /// Writes a receive WQE through `write`; `sges` fit the entry (the caller checked `max_recv_sge`).
     pub fn encode(wr_id: u64, sges: &[Sge], mut write: impl FnMut(usize, &[u64; 8])) {
         let mut first = sge_block(&sges[..sges.len().min(3)], 1);
@@ -498,6 +615,40 @@ mod tests {
             assert_eq!(read.sges(), wqe.sges());
             assert_eq!((read.wr_id, read.opcode, read.imm, read.rkey, read.remote_addr), (9, 2, 3, 4, 5));
             assert!(read.blocks as usize <= send_blocks(count, 0));
+        }
+    }
+
+    #[test]
+    fn a_work_request_of_one_piece_is_the_same_without_its_lists() {
+        let filled =
+            || SendWqe { wr_id: 9, opcode: 2, imm: 3, rkey: 4, remote_addr: 5, ..SendWqe::default() };
+        let block_of = |wqe: &SendWqe| {
+            let mut first = None;
+            wqe.encode(|i, block| first = first.or((i == 0).then_some(*block)));
+            first.unwrap()
+        };
+        let mut inline = filled();
+        inline.inline_mut(11).unwrap().copy_from_slice(b"one, inline");
+        let mut one = filled();
+        one.push_sge(Sge { addr: 6, length: 7, lkey: 8 });
+        for wqe in [&inline, &one] {
+            let mut room = InlineRoom::default();
+            let block = block_of(wqe);
+            let (single, read) = (wqe.single().unwrap(), Single::of_block(&block, &mut room).unwrap());
+            assert_eq!(format!("{single:?}"), format!("{read:?}"));
+            assert_eq!((read.wr_id, read.opcode, read.imm, read.rkey, read.remote_addr), (9, 2, 3, 4, 5));
+            assert_eq!(read.payload.len(), wqe.length());
+        }
+        let mut two = one.clone();
+        two.push_sge(Sge::default());
+        let mut long = filled();
+        long.inline_mut(INLINE_IN_FIRST + 1).unwrap();
+        let xrc = SendWqe { srqn: 1, ..one.clone() };
+        let datagram = SendWqe { flags: flag::ADDRESS, ..one.clone() };
+        for wqe in [&filled(), &two, &long, &xrc, &datagram] {
+            let mut room = InlineRoom::default();
+            assert!(Single::of_block(&block_of(wqe), &mut room).is_none(), "{wqe:?}");
+            assert_eq!(wqe.single().is_some(), wqe.inline().is_some(), "{wqe:?}");
         }
     }
 

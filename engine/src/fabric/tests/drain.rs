@@ -131,7 +131,7 @@ fn what_the_owner_began_and_left_is_finished_by_the_router() {
 #[test]
 fn an_owner_that_runs_is_waited_for() {
     let (mut fabric, mut a, _b) = direct_pair();
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     drain(&mut fabric, &a);
     turn(&mut fabric, 2 * MS);
     assert_eq!((events(&mut a), is_draining(&mut fabric, &a)), (vec![], true));

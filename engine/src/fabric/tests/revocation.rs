@@ -59,8 +59,9 @@ fn a_failure_counts_while_its_owner_still_runs() {
     let mut wqe = send(Opcode::Write, a.sge(0, 8));
     wqe.opcode = 200;
     a.post(&wqe);
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     owner.requester.resume();
+    owner.peer.resume();
     assert_eq!(owner.requester.fetch(), Fetch::Ready);
     let peer = Some((&mut owner.peer, &owner.other));
     let attempt = owner.requester.attempt(&owner.own, peer, 0, &mut 5000);
@@ -71,16 +72,16 @@ fn a_failure_counts_while_its_owner_still_runs() {
 #[test]
 fn an_owner_that_runs_is_named_and_asked_for_its_seat() {
     let (mut fabric, a, b) = direct_pair();
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     assert!(!fabric.seize(b.client, b.qpn));
     assert_eq!(fabric.executing_on(b.client), [a.client]);
-    assert_ne!(a.area.header.seat_wanted().load(Ordering::Relaxed), 0);
+    assert!(a.area.header.seat().is_wanted());
     a.area.header.seat().park();
     assert!(fabric.seize(b.client, b.qpn));
     assert_eq!(fabric.executing_on(b.client), [0; 0]);
     turn(&mut fabric, 0);
-    assert!(a.area.header.seat().enter(), "given back, and wanted no more");
-    assert_eq!(a.area.header.seat_wanted().load(Ordering::Relaxed), 0);
+    assert!(a.area.header.seat().enter(false), "given back, and wanted no more");
+    assert!(!a.area.header.seat().is_wanted());
 }
 
 #[test]
@@ -91,8 +92,9 @@ fn the_router_goes_on_where_an_owner_stopped_in_the_middle_of_a_message() {
     (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
     let mut owner = Owner::new(&fabric, &a, &b);
     a.post(&wqe);
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     owner.requester.resume();
+    owner.peer.resume();
     assert_eq!(owner.requester.fetch(), Fetch::Ready);
     owner.peer.refresh();
     let peer = Some((&mut owner.peer, &owner.other));
@@ -112,8 +114,8 @@ fn the_router_goes_on_where_an_owner_stopped_in_the_middle_of_a_message() {
 fn receives_are_flushed_however_long_both_owners_go_on() {
     let (mut fabric, a, mut b) = direct_pair();
     b.post_recv(1, &[b.sge(0, 8)]);
-    assert!(a.area.header.seat().enter());
-    assert!(b.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
+    assert!(b.area.header.seat().enter(false));
     b.modify(&mut fabric, QpState::Err, &a, QpType::Rc);
     for now in 1..10 {
         turn(&mut fabric, now * MS);
@@ -130,26 +132,26 @@ fn receives_are_flushed_however_long_both_owners_go_on() {
 #[test]
 fn a_seat_that_outlives_its_connection_is_taken_when_its_owner_leaves() {
     let (mut fabric, a, b) = direct_pair();
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     b.modify(&mut fabric, QpState::Reset, &a, QpType::Rc);
     turn(&mut fabric, 0);
     turn(&mut fabric, 2 * MS);
     a.area.header.seat().leave();
     let soon = fabric.next_timer().expect("another look");
     turn(&mut fabric, soon);
-    assert!(!a.area.header.seat().enter());
+    assert!(!a.area.header.seat().enter(false));
     assert_eq!(fabric.next_timer(), None);
 }
 
 #[test]
 fn a_client_is_not_quiet_while_it_executes_itself() {
     let (mut fabric, a, _b) = direct_pair();
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     assert!(!fabric.is_quiet(a.client));
     a.area.header.seat().leave();
     assert!(fabric.is_quiet(a.client));
     turn(&mut fabric, 0);
-    assert!(a.area.header.seat().enter(), "the seat came back");
+    assert!(a.area.header.seat().enter(false), "the seat came back");
 }
 
 #[test]
@@ -174,18 +176,18 @@ fn what_may_not_be_direct_any_more_becomes_the_routers() {
     let mut wqe = send(Opcode::Write, a.sge(0, 8));
     (wqe.remote_addr, wqe.rkey) = (b.addr(), b.key);
     // In the middle of something its owner keeps the seat until that is done.
-    assert!(a.area.header.seat().enter());
+    assert!(a.area.header.seat().enter(false));
     fabric.set_mode(b.client, Mode::Isolated);
     a.area.header.seat().leave();
     turn(&mut fabric, 2 * MS);
     assert!(!owner.run(&a), "the seat is the router's");
-    assert!(!b.area.header.seat().enter());
+    assert!(!b.area.header.seat().enter(false));
     a.bytes()[..8].copy_from_slice(b"isolated");
     a.post(&wqe);
     turn(&mut fabric, 2 * MS);
     assert_eq!(status(a.sends.pop()), WcStatus::Success);
     assert_eq!(&b.bytes()[..8], b"isolated");
-    assert!(!a.area.header.seat().enter(), "and stays so");
+    assert!(!a.area.header.seat().enter(false), "and stays so");
     assert!(fabric.snapshot().iter().all(|qp| qp.mode == Mode::Isolated));
 }
 
