@@ -307,3 +307,45 @@ fn many_small_requests_are_on_their_way_at_once() {
     assert!((0..8).all(|wr_id| a.sends.pop().is_some_and(|done| done.wr_id == wr_id && done.status == 0)));
     assert_eq!(hosts.sent, packet::HEADER as u64, "one word acknowledges them all");
 }
+
+/// Hands over packets that were taken.
+fn hand(fabric: &mut Fabric<TestMemory>, bytes: &[u8]) {
+    let mut rest = bytes;
+    while let Some(length) = packet::length(rest).filter(|length| *length <= rest.len()) {
+        fabric.receive(PEER, &rest[..length], 0).unwrap();
+        rest = &rest[length..];
+    }
+}
+
+#[test]
+fn what_was_fetched_for_one_packet_is_not_sent_in_another() {
+    let (mut hosts, mut a, mut b) = pair_across(QpType::Rc, |_| ());
+    a.bytes()[..16].fill(1);
+    a.bytes()[16..32].fill(2);
+    for wr_id in [1, 2] {
+        b.post_recv(wr_id, &[b.sge(MAPPED + 64 * wr_id, 16)]);
+    }
+    // The first is executed, but the link is lost before that is heard, and it is fetched again from foreign memory.
+    a.post(&with_id(send(Opcode::Send, a.sge(0, 16)), 1));
+    turn(&mut hosts.fabrics[0], 0);
+    let mut packets = Vec::new();
+    assert!(hosts.fabrics[0].take_packets(PEER, &mut packets));
+    hand(&mut hosts.fabrics[1], &packets);
+    turn(&mut hosts.fabrics[1], 0);
+    let mut answers = Vec::new();
+    assert!(hosts.fabrics[1].take_packets(PEER, &mut answers));
+    hosts.fabrics[0].link_up(PEER, HashMap::from([(0, 0)]));
+    let accesses = turn_without_accesses(&mut hosts.fabrics[0], 0);
+    assert_eq!(accesses.len(), 1, "its payload is fetched again");
+    // Now it is heard all the same.
+    hand(&mut hosts.fabrics[0], &answers);
+    assert_eq!(a.sends.pop().map(|done| (done.wr_id, done.status)), Some((1, 0)));
+    a.post(&with_id(send(Opcode::Send, a.sge(16, 16)), 2));
+    accesses.into_iter().for_each(|access| perform(&mut hosts.fabrics[0], access));
+    hosts.settle();
+    assert_eq!(a.sends.pop().map(|done| (done.wr_id, done.status)), Some((2, 0)));
+    for (at, byte) in [(1, 1), (2, 2)] {
+        let at = (MAPPED + 64 * at) as usize;
+        assert_eq!(b.bytes()[at..at + 16], [byte; 16], "what was sent last is what was posted last");
+    }
+}
