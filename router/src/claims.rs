@@ -26,14 +26,17 @@ pub(crate) struct Claimant {
 /// The addresses in use.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
-    all: Mutex<HashMap<Gid, Claim>>,
+    all: Mutex<Table>,
     /// Who is told of those that are announced.
     directory: Option<Arc<Directory>>,
 }
 
+/// By tenant: networks of different tenants may well have the same addresses.
+type Table = HashMap<(u32, Gid), Claim>;
+
 #[derive(Debug)]
 struct Claim {
-    by: Claimant,
+    by: Namespace,
     clients: HashSet<u32>,
     is_announced: bool,
 }
@@ -72,9 +75,10 @@ impl Claims {
                 settled.granted.push(*gid);
                 continue;
             }
-            let new = || Claim { by, clients: HashSet::new(), is_announced: tenant.announces(gid) };
-            let claim = all.entry(*gid).or_insert_with(new);
-            if claim.by != by {
+            let (namespace, announced) = (by.namespace, tenant.announces(gid));
+            let new = || Claim { by: namespace, clients: HashSet::new(), is_announced: announced };
+            let claim = all.entry((by.tenant, *gid)).or_insert_with(new);
+            if claim.by != namespace {
                 settled.refused.push((*gid, "it is in use by another network namespace".to_owned()));
                 continue;
             }
@@ -93,13 +97,13 @@ impl Claims {
             }
         }
         let lost: Vec<Gid> = held.iter().filter(|gid| !settled.held.contains(gid)).copied().collect();
-        self.give_back(&mut all, client, &lost);
+        self.give_back(&mut all, client, by.tenant, &lost);
         settled
     }
 
     /// Takes back what a client held that is gone.
-    pub(crate) fn release(&self, client: u32, held: &[Gid]) {
-        self.give_back(&mut self.all.lock(), client, held);
+    pub(crate) fn release(&self, client: u32, tenant: u32, held: &[Gid]) {
+        self.give_back(&mut self.all.lock(), client, tenant, held);
     }
 
     /// Whether the directory has not said yet whether all of these are this host's.
@@ -109,17 +113,17 @@ impl Claims {
         self.directory.as_ref().is_some_and(unsettled)
     }
 
-    fn give_back(&self, all: &mut HashMap<Gid, Claim>, client: u32, held: &[Gid]) {
+    fn give_back(&self, all: &mut Table, client: u32, tenant: u32, held: &[Gid]) {
         for gid in held {
-            let Some(claim) = all.get_mut(gid) else { continue };
+            let Some(claim) = all.get_mut(&(tenant, *gid)) else { continue };
             claim.clients.remove(&client);
             if !claim.clients.is_empty() {
                 continue;
             }
             if let Some(directory) = self.directory.as_ref().filter(|_| claim.is_announced) {
-                directory.release(claim.by.tenant, gid);
+                directory.release(tenant, gid);
             }
-            all.remove(gid);
+            all.remove(&(tenant, *gid));
         }
     }
 }
@@ -155,14 +159,23 @@ mod tests {
         assert_eq!(settle(&claims, 1, by(0, 7), &wanted, &[]), wanted);
         assert_eq!(settle(&claims, 2, by(0, 7), &wanted, &[]), wanted, "one namespace shares");
         assert_eq!(settle(&claims, 3, by(0, 8), &[gid(1), gid(3)], &[]), [gid(3)], "another does not");
-        assert!(settle(&claims, 4, by(1, 7), &wanted, &[]).is_empty(), "nor does another tenant");
-        claims.release(1, &wanted);
-        assert!(settle(&claims, 4, by(1, 7), &wanted, &[]).is_empty());
-        claims.release(2, &wanted);
-        assert_eq!(settle(&claims, 4, by(1, 7), &wanted, &[]), wanted);
-        claims.release(4, &wanted);
-        claims.release(3, &[gid(3)]);
+        claims.release(1, 0, &wanted);
+        assert!(settle(&claims, 4, by(0, 9), &wanted, &[]).is_empty());
+        claims.release(2, 0, &wanted);
+        assert_eq!(settle(&claims, 4, by(0, 9), &wanted, &[]), wanted);
+        claims.release(4, 0, &wanted);
+        claims.release(3, 0, &[gid(3)]);
         assert!(claims.all.lock().is_empty(), "nothing is left");
+    }
+
+    #[test]
+    fn networks_of_two_tenants_may_have_the_same_addresses() {
+        let claims = Claims::default();
+        let wanted = [gid(1)];
+        assert_eq!(settle(&claims, 1, by(0, 7), &wanted, &[]), wanted);
+        assert_eq!(settle(&claims, 2, by(1, 8), &wanted, &[]), wanted);
+        claims.release(2, 1, &wanted);
+        assert!(settle(&claims, 3, by(0, 9), &wanted, &[]).is_empty(), "the first still has its own");
     }
 
     #[test]

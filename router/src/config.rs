@@ -385,10 +385,6 @@ mod tests {
             (format!("{BLUE}mode = 'both'"), &["both", "isolated"]),
             (format!("{BLUE}weight = 0"), &["blue", "weight = 0"]),
             (format!("{BLUE}{RED}prefixes = ['10.0.0.0/8']"), &["blue", "no prefixes"]),
-            (
-                format!("{BLUE}prefixes = ['10.0.0.0/8']\n{RED}prefixes = ['fd00::/8', '10.9.0.0/16']"),
-                &["10.0.0.0/8", "blue", "10.9.0.0/16", "red"],
-            ),
             (format!("{BLUE}prefixes = ['::/0']\n{BLUE}prefixes = ['::/0']"), &["two tenants", "blue"]),
             (format!("{BLUE}[tenant.limits]\nqps = 0"), &["blue", "limits.qps = 0"]),
             (format!("{BLUE}[tenant.limits]\nqpz = 1"), &["qpz"]),

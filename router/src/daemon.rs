@@ -58,6 +58,8 @@ use crate::{
 
 /// How long no connection is taken when there are no descriptors left.
 const RESPITE: Duration = Duration::from_millis(100);
+/// How long a router that ends may take to say so to the directory.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// How often an answer about the status that was put off is looked at.
 const SOON: Duration = Duration::from_millis(1);
 /// Addresses older than this are read again when a connection is made.
@@ -266,7 +268,12 @@ impl Daemon {
         self.sessions.clear();
         if let (Some((of, ..)), Some(thread)) = (&self.directory, directory) {
             of.stop();
-            if thread.join().is_err() {
+            // It says good-bye; a registry that does not answer is not waited for.
+            let end = Instant::now() + FAREWELL;
+            while !thread.is_finished() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if thread.is_finished() && thread.join().is_err() {
                 tracing::error!("the thread of the directory panicked");
             }
         }

@@ -19,7 +19,8 @@ pub struct Tenant {
     pub socket_mode: u32,
     /// User and group of the socket, as numbers; where absent, the router's own.
     pub socket_owner: Option<Owner>,
-    /// The addresses that its clients may have. With more than one tenant there must be some.
+    /// The addresses that its clients may have. With more than one tenant there must be some. Two tenants may have the
+    /// same: their networks are separate, and they never meet.
     #[serde(default)]
     pub prefixes: Vec<Prefix>,
     /// Those of them that the directory in etcd is told of, for containers on other hosts; without any, none.
@@ -151,11 +152,6 @@ impl Tenant {
                 "the tenants {a} and {b} have one socket, {:?}; give each its own",
                 self.socket
             ));
-        }
-        for prefix in &self.prefixes {
-            if let Some(theirs) = other.prefixes.iter().find(|theirs| prefix.overlaps(theirs)) {
-                return Some(format!("{prefix} of the tenant {a} overlaps {theirs} of the tenant {b}"));
-            }
         }
         let alone = [self, other].into_iter().find(|tenant| tenant.prefixes.is_empty())?;
         Some(format!(

@@ -86,8 +86,7 @@ impl From<serde_json::Error> for Trouble {
 impl Etcd {
     /// One that is not connected yet.
     pub(super) fn new(config: &config::Directory, links: &config::Links, tenants: &[String]) -> Self {
-        let keys =
-            Keys { prefix: config.prefix.clone(), security: links.security, tenants: tenants.to_vec() };
+        let keys = Keys::new(&config.prefix, links.security, tenants);
         Self {
             config: config.clone(),
             keys,
@@ -290,6 +289,10 @@ impl Registry for Etcd {
             }
             for entry in &page.kvs {
                 let Some(change) = self.keys.read(&entry.key.0, Some(&entry.value.0)) else { continue };
+                // There is no room for more; whoever follows says so.
+                if listing.changes.len() > MAX_ADDRESSES + MAX_ROUTERS {
+                    break;
+                }
                 match &change {
                     Change::NoRouter(_) | Change::NoAddress(_) => continue,
                     Change::Address(key, router) if *router == self.own => {

@@ -130,6 +130,6 @@ impl Gids {
 
 impl Drop for Gids {
     fn drop(&mut self) {
-        self.claims.release(self.client, &self.held);
+        self.claims.release(self.client, self.tenant.index, &self.held);
     }
 }

@@ -39,18 +39,24 @@ struct AddressValue {
 pub(super) struct Keys {
     pub(super) prefix: String,
     pub(super) security: Security,
-    /// This router's tenants, by number.
-    pub(super) tenants: Vec<String>,
+    /// This router's tenants, by number, as they stand in keys.
+    tenants: Vec<String>,
 }
 
 impl Keys {
+    /// Those of a router with these tenants, by number.
+    pub(super) fn new(prefix: &str, security: Security, tenants: &[String]) -> Self {
+        let tenants = tenants.iter().map(|name| escape(name)).collect();
+        Self { prefix: prefix.to_owned(), security, tenants }
+    }
+
     pub(super) fn router(&self, name: &str) -> String {
         format!("{}routers/{name}", self.prefix)
     }
 
     pub(super) fn address(&self, (tenant, gid): &Key) -> String {
         let tenant = self.tenants.get(*tenant as usize).map_or("", |name| name);
-        format!("{}addresses/{}/{}", self.prefix, escape(tenant), addresses::text(gid))
+        format!("{}addresses/{tenant}/{}", self.prefix, addresses::text(gid))
     }
 
     /// What a key and its value say; without a value, that nobody says it any more. `None`: nothing that concerns this router.
@@ -65,7 +71,7 @@ impl Keys {
             });
         }
         let (tenant, address) = rest.strip_prefix("addresses/")?.split_once('/')?;
-        let (_, tenant) = self.tenants.iter().zip(0..).find(|(name, _)| escape(name) == tenant)?;
+        let (_, tenant) = self.tenants.iter().zip(0..).find(|(name, _)| *name == tenant)?;
         let key = (tenant, gid(address)?);
         Some(match value.and_then(address_value) {
             Some(router) => Change::Address(key, router),
@@ -125,8 +131,8 @@ mod tests {
     use super::*;
 
     fn keys() -> Keys {
-        let tenants = ["blue", "r/d"].map(str::to_owned).to_vec();
-        Keys { prefix: "/freeflow/".to_owned(), security: Security::Plain, tenants }
+        let tenants = ["blue", "r/d"].map(str::to_owned);
+        Keys::new("/freeflow/", Security::Plain, &tenants)
     }
 
     fn gid_of(text: &str) -> [u8; 16] {
