@@ -22,6 +22,8 @@ struct Table {
     leases: HashSet<u64>,
     next_lease: u64,
     watches: Vec<Sender<Result<Vec<Seen>, Trouble>>>,
+    /// All changes, for watches that begin later.
+    history: Vec<Seen>,
 }
 
 type World = Arc<Mutex<Table>>;
@@ -30,6 +32,7 @@ impl Table {
     fn tell(&mut self, change: Change) {
         self.revision += 1;
         let seen = Seen { change, revision: self.revision };
+        self.history.push(seen.clone());
         self.watches.retain(|watch| watch.send(Ok(vec![seen.clone()])).is_ok());
     }
 
@@ -61,6 +64,7 @@ impl Table {
             self.routers.clear();
             self.addresses.clear();
             self.leases.clear();
+            self.history.clear();
             self.revision = 1;
         }
         self.end_watches(|| Trouble::Away("it fell".to_owned()));
@@ -113,9 +117,12 @@ impl Registry for Fake {
         })
     }
 
-    fn watch(&mut self, _after: u64) -> Result<(Box<dyn Watch>, Cancel), Trouble> {
+    fn watch(&mut self, after: u64) -> Result<(Box<dyn Watch>, Cancel), Trouble> {
         let (sender, receiver) = mpsc::channel();
-        self.table()?.watches.push(sender.clone());
+        let mut table = self.table()?;
+        let missed = table.history.iter().filter(|seen| seen.revision > after).cloned().collect();
+        let _ = sender.send(Ok(missed));
+        table.watches.push(sender.clone());
         let cancel = move || drop(sender.send(Err(Trouble::Away("cancelled".to_owned()))));
         Ok((Box::new(FakeWatch(receiver)), Box::new(cancel)))
     }
@@ -252,7 +259,7 @@ fn what_a_router_serves_is_known_to_the_others_by_tenant_until_it_ends() {
     other.directory.claim(0, &gid(1));
     eventually("a knows", || a.route(0, &gid(1)) == b());
     assert_eq!((a.route(1, &gid(1)), a.route(0, &gid(2)), other.route(0, &gid(1))), (None, None, None));
-    assert!(a.directory.take_news().routes);
+    eventually("the daemon is told", || a.directory.take_news().routes);
     other.directory.claim(1, &gid(2));
     eventually("a knows the other tenant's, too", || a.route(1, &gid(2)) == b());
     other.directory.release(0, &gid(1));
@@ -288,7 +295,7 @@ fn a_second_claimant_is_refused_and_takes_over_when_the_first_ends() {
     assert!(other.is_published(0, &gid(1)));
     other.directory.release(0, &gid(1));
     eventually("a takes over", || a.is_published(0, &gid(1)));
-    assert!(a.directory.take_news().standings);
+    eventually("the daemon is told", || a.directory.take_news().standings);
     eventually("b knows", || other.route(0, &gid(1)) == Some("a".to_owned()));
 }
 
