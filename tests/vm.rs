@@ -1,11 +1,15 @@
 //! Promise: between hosts whose kernels have RDMA, in virtual machines with an RNIC in software, FreeFlow's containers
 //! meet, and whoever uses the kernel's RNIC does so as before.
 
+#[path = "vm/beside.rs"]
+mod beside;
 mod common;
+#[path = "vm/matrix.rs"]
+mod matrix;
 
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use common::guests::{GuestStage, pair_with_rxe};
 use libtest_mimic::Trial;
 use xtask::{
@@ -60,6 +64,25 @@ impl Hosts {
     }
 }
 
+impl Hosts {
+    /// The words that run something on a host itself, with options of `freeflow run`.
+    fn run(&self, options: &str) -> String {
+        format!("{} run {options} --", self.tree.program().display())
+    }
+
+    /// Waits until the router of the left host lists a listener of rdma_cm.
+    fn wait_for_cm_listener(&self, port: u16) -> Result<()> {
+        let program = self.tree.program().display().to_string();
+        let script = format!(
+            "for i in $(seq 100); do {program} status --json | grep -q ':{port}\"' && exit 0; sleep 0.2; done; exit 1"
+        );
+        self.guests[0]
+            .run(&script, LIMIT)
+            .map(|_| ())
+            .with_context(|| format!("nobody listens on port {port}"))
+    }
+}
+
 fn both(server: GuestJob, client: Outcome) -> Result<[Outcome; 2]> {
     let server = server.wait()?;
     server.success()?;
@@ -68,7 +91,7 @@ fn both(server: GuestJob, client: Outcome) -> Result<[Outcome; 2]> {
 
 fn trials() -> Vec<Trial> {
     let stage = GuestStage::new(Hosts::boot);
-    vec![
+    let mut trials = vec![
         stage.trial("bare ib_write_bw between two hosts", |hosts| {
             hosts.bare("ib_write_bw -d rxe0 -x 1 -F -s 65536 -n 100").map(|_| ())
         }),
@@ -77,7 +100,10 @@ fn trials() -> Vec<Trial> {
         stage.trial("ib_write_bw between containers of two hosts", |hosts| {
             hosts.contained("ib_write_bw -d ff0 -F -s 65536 -n 100").map(|_| ())
         }),
-    ]
+    ];
+    trials.extend(beside::trials(&stage));
+    trials.extend(matrix::trials(&stage));
+    trials
 }
 
 fn pingpong(hosts: &Hosts) -> Result<()> {

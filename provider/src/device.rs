@@ -114,7 +114,8 @@ unsafe extern "C" fn match_device(sysfs: *const u8) -> bool {
     })
 }
 
-fn is_ours(name: &[u8]) -> bool {
+/// Whether a device's name is one of ours.
+pub(crate) fn is_ours(name: &[u8]) -> bool {
     name.strip_prefix(b"ff").is_some_and(|n| !n.is_empty() && n.iter().all(u8::is_ascii_digit))
 }
 

@@ -4,6 +4,7 @@
 //! the promise holds, or could not be tried. Anything else is a failure, told on stderr. Every subcommand ends by
 //! itself in bounded time.
 
+mod beside;
 mod buffer;
 mod checks;
 mod cm;
@@ -37,6 +38,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | imports | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT | registration BYTES
+       freeflow-probe beside DEVICE GID-INDEX
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
 
@@ -87,6 +89,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["tcp-echo", port] => tcp::echo(port.parse()?),
         ["tcp-exchange", address] => tcp::exchange(address.parse()?),
         ["cm-outage"] => outage::survive_by_name(),
+        ["beside", device, gid_index] => beside::beside(device, gid_index.parse()?),
         ["stall"] => stall::run(),
         ["stream", seconds] => stream::run(Duration::from_secs(seconds.parse()?)),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),

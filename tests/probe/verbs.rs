@@ -51,8 +51,11 @@ pub(crate) fn readable(fd: c_int, timeout: Duration) -> bool {
     unsafe { libc::poll(&mut poll, 1, timeout.as_millis() as c_int) > 0 }
 }
 
-/// Visits the device ff0 while the list of devices is there.
-fn with_device<R>(visit: impl FnOnce(*mut ibv_device) -> R) -> Result<R> {
+/// The device under test.
+const OURS: &CStr = c"ff0";
+
+/// Visits a device while the list of devices is there.
+fn with_device<R>(name: &CStr, visit: impl FnOnce(*mut ibv_device) -> R) -> Result<R> {
     let mut count = 0;
     // SAFETY: the count is ours; the list is freed below, after its last use.
     let list = unsafe { (library().ibv_get_device_list)(&mut count) };
@@ -61,18 +64,18 @@ fn with_device<R>(visit: impl FnOnce(*mut ibv_device) -> R) -> Result<R> {
         // SAFETY: the list has `count` entries, each a live device with a name that is a C string.
         unsafe {
             let device = *list.add(at);
-            (CStr::from_ptr((*device).name.as_ptr()) == c"ff0").then_some(device)
+            (CStr::from_ptr((*device).name.as_ptr()) == name).then_some(device)
         }
     });
     let result = found.map(visit);
     // SAFETY: the list is not used after this.
     unsafe { (library().ibv_free_device_list)(list) };
-    result.context("there is no device ff0: run this by `freeflow run`")
+    result.with_context(|| format!("there is no device {name:?}: run this by `freeflow run`"))
 }
 
 /// Lets libibverbs find its devices, as a program does that opens one only after a fork.
 pub(crate) fn find_device() -> Result<()> {
-    with_device(|_| ())
+    with_device(OURS, |_| ())
 }
 
 /// An opened device.
@@ -89,7 +92,12 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Opens ff0.
     pub(crate) fn open() -> Result<Arc<Self>> {
-        let raw = with_device(|device| {
+        Self::open_named(OURS)
+    }
+
+    /// Opens a device.
+    pub(crate) fn open_named(name: &CStr) -> Result<Arc<Self>> {
+        let raw = with_device(name, |device| {
             // SAFETY: the device is in a list that is not freed yet.
             pointer("ibv_open_device", unsafe { (library().ibv_open_device)(device) })
         })??;

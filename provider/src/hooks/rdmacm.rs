@@ -2,13 +2,13 @@
 //!
 //! | librdmacm calls | on | and gets |
 //! |---|---|---|
-//! | `open` | `/dev/infiniband/rdma_cm` | a new event channel: an event counter |
+//! | `open` | `/dev/infiniband/rdma_cm` | a new event channel |
 //! | `fstat` | an event channel | a character device, which it insists on |
 //! | `write` | an event channel | the command executed, the reply stored |
 //! | `close` | an event channel | the router is told first |
 //!
-//! What the commands mean is [`crate::ucma`]'s business. The device node need not exist. With these hooks all ids of
-//! a process are FreeFlow's, also where it has a device of the kernel as well.
+//! What the commands mean is [`crate::ucma`]'s business, which also passes on what is the kernel's where the process has
+//! devices of the kernel as well. The device node need not exist.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
@@ -18,10 +18,7 @@ use super::registry::{self, Owner, Role};
 use super::{CommandChannel, NL_CONNECT, Write, hooked_nl_connect, original};
 use crate::abi::edge::{self, Errno};
 use crate::got::{Hook, Original};
-use crate::ucma;
-
-/// The device that librdmacm opens, in every release.
-const DEVICE: &CStr = c"/dev/infiniband/rdma_cm";
+use crate::ucma::{self, NODE};
 
 static OPEN: Original = Original::new();
 static FSTAT: Original = Original::new();
@@ -50,7 +47,7 @@ type Close = unsafe extern "C" fn(c_int) -> c_int;
 /// `open(2)` as librdmacm calls it; variadic in C, see `hooked_openat`.
 pub(super) unsafe extern "C" fn hooked_open(path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int {
     // SAFETY: librdmacm passes a C string.
-    if unsafe { CStr::from_ptr(path) } == DEVICE {
+    if unsafe { CStr::from_ptr(path) } == NODE {
         return edge::syscall(open_channel);
     }
     // SAFETY: the caller's own arguments for the caller's own function.
@@ -106,7 +103,7 @@ fn device_status() -> libc::stat {
     // SAFETY: a structure of integers, for which zero is a value.
     let mut status: libc::stat = unsafe { std::mem::zeroed() };
     status.st_mode = libc::S_IFCHR | 0o666;
-    status.st_rdev = edge::value(0, || rustix::fs::stat(DEVICE).map_or(0, |node| node.st_rdev));
+    status.st_rdev = edge::value(0, || rustix::fs::stat(NODE).map_or(0, |node| node.st_rdev));
     status
 }
 

@@ -6,14 +6,17 @@
 
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_int};
+use std::ffi::{CString, OsStr, c_int};
 use std::mem::ManuallyDrop;
 use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::CommandChannel;
+use crate::device::is_ours;
 use crate::ucma::Manager;
 
 /// What a descriptor of an opened device is.
@@ -211,6 +214,16 @@ pub(crate) fn add_directory(path: &[u8]) {
     if !registry.directories.contains(&directory) {
         registry.directories.push(directory);
     }
+}
+
+/// Whether there are devices beside ours where libibverbs looks for them.
+pub(crate) fn has_other_devices() -> bool {
+    let registry = read();
+    let mut directories = registry.directories.iter().map(|d| Path::new(OsStr::from_bytes(d.as_bytes())));
+    directories.any(|ours| {
+        let class = ours.parent().and_then(|class| std::fs::read_dir(class).ok());
+        class.into_iter().flatten().flatten().any(|entry| !is_ours(entry.file_name().as_bytes()))
+    })
 }
 
 /// The part of a path below the sysfs directory of one of our devices.

@@ -51,7 +51,7 @@ pub(super) fn encode(shape: Shape, answer: &CmAnswer, guid: [u8; 8]) -> Result<(
 }
 
 /// A socket address.
-fn stored(address: Option<Address>) -> Vec<u8> {
+pub(super) fn stored(address: Option<Address>) -> Vec<u8> {
     let mut to = Writer::default();
     match address {
         None => {}

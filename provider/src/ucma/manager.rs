@@ -2,20 +2,25 @@
 //!
 //! An event channel is an event counter of the process's own, which the router adds to: so it blocks, polls, sits in
 //! epoll sets and takes O_NONBLOCK as any descriptor does. A count leads to an event unless the event was taken back
-//! or another thread was faster; then the reader waits for the next count.
+//! or another thread was faster; then the reader waits for the next count. Where the process has devices of the kernel
+//! as well, the channel is an epoll instance over the counter and a channel of the kernel ([`super::beside`]).
 
 use std::collections::HashMap;
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
 use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command, Known};
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::LAYOUT_VERSION;
 
+use super::beside::{self, Book, Done, Hands, Sides};
 use super::decode::{self, Shape, What, Written};
 use super::encode;
+use super::kernel::Kernel;
 use super::removal::Ids;
 use crate::abi::edge::Errno;
 use crate::context::OpenError;
@@ -31,8 +36,9 @@ pub(crate) struct Manager {
     link: RouterLink,
     health: Arc<Health>,
     guid: [u8; 8],
-    /// The router's names of the channels.
-    channels: Mutex<HashMap<RawFd, u32>>,
+    channels: Mutex<HashMap<RawFd, Channel>>,
+    /// The ids that the kernel has.
+    book: Book,
     watched: Mutex<Option<watch::Ticket>>,
     /// What events told of their ids: librdmacm asks for it in many steps. Locked while the router is asked, so
     /// that it changes in the router's order.
@@ -46,6 +52,15 @@ struct Facts {
     known: HashMap<u32, (RawFd, Box<Known>)>,
     /// For the router's death.
     ids: Ids,
+}
+
+/// An event channel.
+#[derive(Debug, Clone)]
+struct Channel {
+    /// The router's name of it.
+    number: u32,
+    /// What is behind its descriptor, where that is not its counter.
+    sides: Option<Arc<Sides>>,
 }
 
 /// The process's connection, made now if there is none. Whoever has it gives it back by [`registry::leave_manager`].
@@ -75,6 +90,7 @@ impl Manager {
             health,
             guid,
             channels: Mutex::default(),
+            book: Book::default(),
             watched: Mutex::default(),
             facts: Mutex::default(),
         });
@@ -95,13 +111,17 @@ impl Manager {
     /// A new event channel's descriptor.
     pub(crate) fn open_channel(&self) -> Result<OwnedFd, Errno> {
         let counter = above_stdio(event_counter()?)?;
-        let channel = self.link.handle(&Request::Cm(CmRequest::OpenChannel), &[counter.as_fd()])?;
-        lock(&self.channels).insert(counter.as_raw_fd(), channel);
-        Ok(counter)
+        let number = self.link.handle(&Request::Cm(CmRequest::OpenChannel), &[counter.as_fd()])?;
+        let (descriptor, sides) = match beside_kernel(counter) {
+            Ok(counter) => (counter, None),
+            Err(sides) => (sides.descriptor().and_then(above_stdio)?, Some(Arc::new(sides))),
+        };
+        lock(&self.channels).insert(descriptor.as_raw_fd(), Channel { number, sides });
+        Ok(descriptor)
     }
 
-    fn channel(&self, fd: RawFd) -> Result<u32, Errno> {
-        lock(&self.channels).get(&fd).copied().ok_or(Errno::BADF)
+    fn channel(&self, fd: RawFd) -> Result<Channel, Errno> {
+        lock(&self.channels).get(&fd).cloned().ok_or(Errno::BADF)
     }
 
     /// What an event told of an id, if nothing has changed since.
@@ -166,16 +186,19 @@ impl Manager {
         }
         log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
         let told = facts.ids.remove_device();
-        for fd in lock(&self.channels).keys() {
-            // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
-            let counter = unsafe { BorrowedFd::borrow_raw(*fd) };
+        for (fd, channel) in &*lock(&self.channels) {
+            let counter = match &channel.sides {
+                Some(sides) => sides.counter.as_fd(),
+                // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
+                None => unsafe { BorrowedFd::borrow_raw(*fd) },
+            };
             let events = told.iter().filter(|channel| *channel == fd).count() as u64;
             let _ = rustix::io::write(counter, &(events + 1).to_ne_bytes());
         }
     }
 
     fn send(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
-        let channel = self.channel(fd)?;
+        let channel = self.channel(fd)?.number;
         match self.link.ask(&Request::Cm(CmRequest::Ask { channel, command }), &[])? {
             (Answer::Cm(answer), _) => Ok(answer),
             _ => Err(Errno::PROTO),
@@ -203,8 +226,18 @@ impl Manager {
     fn migrate(&self, id: u32, from: RawFd, to: RawFd) -> Result<CmAnswer, Errno> {
         // As Linux answers for a descriptor that is none, or is no event channel.
         let other = self.channel(from).map_err(|_| Errno::NOENT)?;
-        let answer = self.ask(to, Command::MigrateId { id, from: other })?;
-        take_back(from, &answer);
+        let mut told = 0;
+        if let (Some(to_sides), Some(from_sides)) = (self.channel(to)?.sides, &other.sides) {
+            told = self.book.migrate(id, to, &to_sides.kernel, &from_sides.kernel)?;
+        }
+        if beside::is_made_by_kernel(id) {
+            return Ok(CmAnswer::Reported { events: told, revoked: 0 });
+        }
+        let mut answer = self.ask(to, Command::MigrateId { id, from: other.number })?;
+        self.take_back(from, &answer);
+        if let CmAnswer::Reported { events, .. } = &mut answer {
+            *events += told;
+        }
         Ok(answer)
     }
 
@@ -230,10 +263,105 @@ impl Manager {
             What::Ask(Command::InitQpAttr { id, state }) => self.qp_attr(fd, id, state),
             What::Ask(command) => {
                 let answer = self.ask(fd, command)?;
-                take_back(fd, &answer);
+                self.take_back(fd, &answer);
                 Ok(answer)
             }
         }
+    }
+
+    /// Takes the counts of events back that are no more. Never waits: another reader may have taken them already.
+    fn take_back(&self, fd: RawFd, answer: &CmAnswer) {
+        let CmAnswer::Reported { revoked: 1.., .. } = answer else { return };
+        let Ok(Channel { sides, .. }) = self.channel(fd) else { return };
+        match sides {
+            Some(sides) => take_counts(sides.counter.as_fd(), answer),
+            // SAFETY: the caller is using the descriptor, which therefore is open.
+            None => take_counts(unsafe { BorrowedFd::borrow_raw(fd) }, answer),
+        }
+    }
+
+    /// The next event of either side, which the caller waits for unless the descriptor does not block. The kernel stores
+    /// its own; then there is no answer.
+    ///
+    /// # Safety
+    /// `written` must be the command that asks for an event, which goes to `response`.
+    unsafe fn next_event_of_both(
+        &self,
+        fd: RawFd,
+        sides: &Sides,
+        written: &[u8],
+        response: u64,
+    ) -> Result<Option<CmAnswer>, Errno> {
+        // SAFETY: the caller is using the descriptor, which therefore is open.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(fd) };
+        let of_the_kernel = || {
+            // SAFETY: the caller's promise.
+            let stored = unsafe { sides.kernel.write(written) };
+            // SAFETY: as above, and there is an event now.
+            stored.map(|()| unsafe { self.book.name(fd, response) })
+        };
+        let ours = || match rustix::io::read(&sides.counter, &mut [0; 8]) {
+            Ok(_) => match self.ask(fd, Command::NextEvent)? {
+                CmAnswer::Event(None) => Err(Errno::AGAIN),
+                answer => Ok(answer),
+            },
+            Err(error) => Err(error),
+        };
+        loop {
+            self.health.check_owner()?;
+            let kernel_first = sides.kernel_first();
+            for kernel in [kernel_first, !kernel_first] {
+                let event = if kernel { of_the_kernel().map(|()| None) } else { ours().map(Some) };
+                if event != Err(Errno::AGAIN) {
+                    return event;
+                }
+            }
+            let blocks = !rustix::fs::fcntl_getfl(descriptor)?.contains(OFlags::NONBLOCK);
+            // What one of the two was counted for may have been taken back; then there is more to wait for.
+            let wait = if blocks { None } else { Some(&Timespec { tv_sec: 0, tv_nsec: 0 }) };
+            if rustix::event::poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], wait)? == 0 {
+                return Err(Errno::AGAIN);
+            }
+        }
+    }
+
+    /// Executes what was written where there may be ids of the kernel: what to answer, if that was not done yet.
+    ///
+    /// # Safety
+    /// As for [`CommandChannel::manage`].
+    unsafe fn execute_beside(
+        &self,
+        fd: RawFd,
+        sides: &Sides,
+        written: &[u8],
+        what: What,
+        response: u64,
+    ) -> Result<Option<CmAnswer>, Errno> {
+        if what == What::NextEvent {
+            // SAFETY: the caller's promise.
+            return unsafe { self.next_event_of_both(fd, sides, written, response) };
+        }
+        // SAFETY: the caller's promise.
+        let ours = |what| unsafe { self.execute(fd, what) };
+        let hands = Hands { channel: fd, kernel: &sides.kernel, ours: &ours };
+        // SAFETY: the caller's promise.
+        match unsafe { self.book.execute(&hands, written, what, response)? } {
+            Done::Stored => Ok(None),
+            Done::Answered(answer) => Ok(Some(answer)),
+            Done::Ours(what) => ours(what).map(Some),
+        }
+    }
+}
+
+/// The counter, or both sides where this process has devices of the kernel as well.
+fn beside_kernel(counter: OwnedFd) -> Result<OwnedFd, Sides> {
+    if !registry::has_other_devices() {
+        return Ok(counter);
+    }
+    let Ok(kernel) = Kernel::open() else { return Ok(counter) };
+    match rustix::io::ioctl_fionbio(&counter, true) {
+        Ok(()) => Err(Sides::new(counter, kernel)),
+        Err(_) => Ok(counter),
     }
 }
 
@@ -243,11 +371,8 @@ fn older_dialect() -> bool {
     std::env::var_os("FREEFLOW_CM_DIALECT").is_some_and(|word| word == "ip")
 }
 
-/// Takes the counts of events back that are no more. Never waits: another reader may have taken them already.
-fn take_back(fd: RawFd, answer: &CmAnswer) {
+fn take_counts(counter: BorrowedFd<'_>, answer: &CmAnswer) {
     let CmAnswer::Reported { revoked, .. } = answer else { return };
-    // SAFETY: the caller is using the descriptor, which therefore is open.
-    let counter = unsafe { BorrowedFd::borrow_raw(fd) };
     for _ in 0..*revoked {
         if !take_count(counter) {
             break;
@@ -266,8 +391,15 @@ impl CommandChannel for Manager {
     unsafe fn manage(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
         self.health.check_owner()?;
         let Written { what, shape, response, room } = decode::decode(command)?;
-        // SAFETY: the caller's promise.
-        let answer = unsafe { self.execute(fd, what)? };
+        let answer = match self.channel(fd)?.sides {
+            // SAFETY: the caller's promise.
+            None => unsafe { self.execute(fd, what)? },
+            // SAFETY: the caller's promise.
+            Some(sides) => match unsafe { self.execute_beside(fd, &sides, command, what, response)? } {
+                Some(answer) => answer,
+                None => return Ok(()),
+            },
+        };
         let (reply, least) = encode::encode(shape, &answer, self.guid)?;
         if shape == Shape::None {
             return Ok(());
@@ -291,8 +423,9 @@ impl CommandChannel for Manager {
             facts.known.retain(|_, (on, _)| *on != fd);
             facts.ids.close_channel(fd);
         }
-        if let Some(channel) = channel.filter(|_| self.is_usable()) {
-            let _ = self.link.release(&Request::Cm(CmRequest::CloseChannel { channel }));
+        self.book.forget(fd);
+        if let Some(Channel { number, .. }) = channel.filter(|_| self.is_usable()) {
+            let _ = self.link.release(&Request::Cm(CmRequest::CloseChannel { channel: number }));
         }
         registry::leave_manager(self);
     }

@@ -16,6 +16,7 @@ use clap::ValueEnum;
 
 use super::{
     Failure,
+    beside::{self, Beside},
     install::Tree,
     node::{self, MEND, Node},
     runtime::Socket,
@@ -25,6 +26,8 @@ use super::{
 /// Where a container gets the install tree and the socket's directory. The tree works from anywhere.
 const CONTAINER_TREE: &str = "/opt/freeflow";
 const CONTAINER_RUN: &str = "/run/freeflow";
+/// The sysfs tree that shows the kernel's devices, too.
+const CONTAINER_SYSFS: &str = "/opt/freeflow-sysfs";
 
 const MORE: &str = "\
 Examples:
@@ -42,6 +45,9 @@ pub(crate) struct Args {
     /// Who executes the programs' work requests
     #[arg(long, value_enum)]
     mode: Option<Mode>,
+    /// Show the kernel's RDMA devices, too, beside ff0
+    #[arg(long)]
+    kernel_devices: bool,
     /// How to print the variables
     #[arg(long, value_enum, default_value_t = Shell::Sh)]
     shell: Shell,
@@ -63,12 +69,15 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
     let tree = Tree::find_complete()?;
     let socket = Socket::choose(args.socket.as_deref())?;
     if args.shell == Shell::Docker {
-        return super::print(&container_options(&tree, &socket.path, args.mode)?);
+        let beside =
+            if args.kernel_devices { Some(beside::tree_for(&Tree::at(CONTAINER_TREE))?) } else { None };
+        return super::print(&container_options(&tree, &socket.path, args.mode, beside.as_ref())?);
     }
     if node::look() != Node::Usable {
         eprintln!("freeflow: {} is missing here; as root run `{MEND}`", node::NODE);
     }
-    let variables = variables(&tree, &socket.path, args.mode, |name| env::var_os(name));
+    let sysfs = if args.kernel_devices { beside::tree_for_here(&tree)? } else { tree.sysfs() };
+    let variables = variables(&tree, &sysfs, &socket.path, args.mode, |name| env::var_os(name));
     super::print(&shell_text(args.shell, &variables)?)
 }
 
@@ -95,7 +104,12 @@ fn shell_text(shell: Shell, variables: &Variables) -> anyhow::Result<String> {
 }
 
 /// One line of options. The socket's directory is mounted, not the socket: a new router makes a new socket.
-fn container_options(tree: &Tree, socket: &Path, mode: Option<Mode>) -> anyhow::Result<String> {
+fn container_options(
+    tree: &Tree,
+    socket: &Path,
+    mode: Option<Mode>,
+    beside: Option<&Beside>,
+) -> anyhow::Result<String> {
     let (directory, name) = socket
         .parent()
         .zip(socket.file_name())
@@ -111,8 +125,14 @@ fn container_options(tree: &Tree, socket: &Path, mode: Option<Mode>) -> anyhow::
         format!("--volume={directory}:{CONTAINER_RUN}"),
     ];
     let inside = Tree::at(CONTAINER_TREE);
+    let mut sysfs = inside.sysfs();
+    if let Some(Beside { sysfs: outside, nodes }) = beside {
+        options.extend(nodes.iter().map(|node| format!("--device={node}")));
+        options.push(format!("--volume={}:{CONTAINER_SYSFS}:ro", plain(outside.as_os_str())?));
+        sysfs = PathBuf::from(CONTAINER_SYSFS);
+    }
     let socket = Path::new(CONTAINER_RUN).join(name);
-    for (name, value) in variables(&inside, &socket, mode, |_| None) {
+    for (name, value) in variables(&inside, &sysfs, &socket, mode, |_| None) {
         options.push(format!("--env={name}={}", plain(&value)?));
     }
     let line: Vec<_> = options.iter().map(|option| quoted(option)).collect();
@@ -147,7 +167,8 @@ mod tests {
     #[test]
     fn a_container_gets_device_tree_socket_and_variables_of_its_own_paths() {
         let line =
-            container_options(&Tree::at("/srv/ff"), Path::new("/run/x/r.sock"), Some(Mode::Direct)).unwrap();
+            container_options(&Tree::at("/srv/ff"), Path::new("/run/x/r.sock"), Some(Mode::Direct), None)
+                .unwrap();
         for option in [
             "--device=/dev/null:/dev/infiniband/uverbs_ff0",
             "--volume=/srv/ff:/opt/freeflow:ro",
@@ -157,6 +178,23 @@ mod tests {
             "--env=LD_PRELOAD=/opt/freeflow/lib/freeflow/libfreeflow-preload.so",
             "--env=FREEFLOW_SOCKET=/run/freeflow/r.sock",
             "--env=FREEFLOW_MODE=direct",
+        ] {
+            assert!(line.split_whitespace().any(|word| word == option), "{option} not in {line}");
+        }
+    }
+
+    #[test]
+    fn a_container_with_the_kernels_devices_gets_their_nodes_and_a_tree_that_shows_them() {
+        let beside = Beside {
+            sysfs: "/run/freeflow/sysfs-1".into(),
+            nodes: vec!["/dev/infiniband/uverbs0".to_owned()],
+        };
+        let line =
+            container_options(&Tree::at("/srv/ff"), Path::new("/run/x/r.sock"), None, Some(&beside)).unwrap();
+        for option in [
+            "--device=/dev/infiniband/uverbs0",
+            "--volume=/run/freeflow/sysfs-1:/opt/freeflow-sysfs:ro",
+            "--env=SYSFS_PATH=/opt/freeflow-sysfs",
         ] {
             assert!(line.split_whitespace().any(|word| word == option), "{option} not in {line}");
         }

@@ -4,6 +4,7 @@
 //! Leaves to others: each subcommand (its file), the daemon itself (the library).
 
 mod autostart;
+mod beside;
 mod claim;
 mod configuration;
 mod doctor;

@@ -17,7 +17,7 @@ use anyhow::{Context, anyhow, bail};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use super::{
-    Failure, autostart,
+    Failure, autostart, beside,
     failure::{RUN_FAILED, RUN_NOT_EXECUTABLE, RUN_NOT_FOUND},
     install::Tree,
     namespace,
@@ -40,6 +40,10 @@ Without --socket (and FREEFLOW_SOCKET) this user's router is used; where none
 runs, one is started, which ends by itself half a minute after the last program
 that uses it.
 
+A program sees ff0 and no device of the kernel; with --kernel-devices it sees
+both, and by rdma_cm it meets through a device of the kernel who is reached by
+one, and through ff0 everybody else.
+
 Exit codes: the program's own; 125 freeflow could not start it; 126 it cannot be
 executed; 127 it was not found.
 
@@ -57,13 +61,16 @@ pub(crate) struct Args {
     /// Who executes the program's work requests, direct if nothing else is said [env: FREEFLOW_MODE]
     #[arg(long, value_enum)]
     mode: Option<Mode>,
+    /// Show the kernel's RDMA devices, too, beside ff0
+    #[arg(long)]
+    kernel_devices: bool,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
 pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
-    let prepared = prepare(args.socket.as_deref(), args.mode);
+    let prepared = prepare(args.socket.as_deref(), args.mode, args.kernel_devices);
     let variables = prepared.map_err(|error| Failure::new(RUN_FAILED, error))?;
     let (program, arguments) = args.command.split_first().context("no program was named")?;
     let error = Command::new(program).args(arguments).envs(variables).exec();
@@ -75,8 +82,9 @@ pub(crate) fn main(args: Args) -> Result<ExitCode, Failure> {
 }
 
 /// Everything the program needs; what is left is to execute it.
-fn prepare(socket: Option<&Path>, mode: Option<Mode>) -> anyhow::Result<Variables> {
+fn prepare(socket: Option<&Path>, mode: Option<Mode>, kernel_devices: bool) -> anyhow::Result<Variables> {
     let tree = Tree::find_complete()?;
+    let sysfs = if kernel_devices { Some(beside::tree_for_here(&tree)?) } else { None };
     let socket = Socket::choose(socket)?;
     if socket.named {
         check_named(&socket.path)?;
@@ -98,7 +106,8 @@ fn prepare(socket: Option<&Path>, mode: Option<Mode>) -> anyhow::Result<Variable
             bail!("{}: {fault}", node::NODE);
         }
     }
-    Ok(variables(&tree, &socket.path, mode, |name| env::var_os(name)))
+    let sysfs = sysfs.unwrap_or_else(|| tree.sysfs());
+    Ok(variables(&tree, &sysfs, &socket.path, mode, |name| env::var_os(name)))
 }
 
 /// Keeps a connection for as long as the program or a child of it lives, so that the router does not count itself idle

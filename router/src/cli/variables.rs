@@ -33,9 +33,10 @@ impl Mode {
 /// Names and values, in the order in which they are shown.
 pub(crate) type Variables = Vec<(&'static str, OsString)>;
 
-/// The variables of a program that starts from the environment `old`.
+/// The variables of a program that starts from the environment `old` and looks for devices in `sysfs`.
 pub(crate) fn variables(
     tree: &Tree,
+    sysfs: &Path,
     socket: &Path,
     mode: Option<Mode>,
     old: impl Fn(&str) -> Option<OsString>,
@@ -43,7 +44,7 @@ pub(crate) fn variables(
     let drivers = tree.provider_stem().into_os_string();
     let preload = tree.shim().into_os_string();
     let mut variables = vec![
-        ("SYSFS_PATH", tree.sysfs().into_os_string()),
+        ("SYSFS_PATH", sysfs.as_os_str().to_owned()),
         ("RDMAV_DRIVERS", prepended(drivers, old("RDMAV_DRIVERS"))),
         ("LD_PRELOAD", prepended(preload, old("LD_PRELOAD"))),
         ("FREEFLOW_SOCKET", socket.as_os_str().to_owned()),

@@ -21,14 +21,14 @@ use crate::{
 pub(super) const PAGE: usize = 4096;
 
 /// Brings bytes from one end's own buffer into memory of the other by a WRITE.
-pub(super) fn write_to(from: &End, addr: usize, rkey: u32, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_to(from: &End, addr: usize, rkey: u32, bytes: &[u8]) -> Result<()> {
     from.buffer.write(0, bytes);
     from.execute(&Send::new(IBV_WR_RDMA_WRITE).sge(from.sge(0, bytes.len())).remote((addr as u64, rkey)))?;
     Ok(())
 }
 
 /// Fetches bytes of the other end by a READ.
-pub(super) fn read_from(from: &End, addr: usize, rkey: u32, len: usize) -> Result<Vec<u8>> {
+pub(crate) fn read_from(from: &End, addr: usize, rkey: u32, len: usize) -> Result<Vec<u8>> {
     from.buffer.fill(0, len, 0);
     from.execute(&Send::new(IBV_WR_RDMA_READ).sge(from.sge(0, len)).remote((addr as u64, rkey)))?;
     Ok(from.buffer.read(0, len))

@@ -22,6 +22,8 @@ mod states;
 mod statuses;
 mod writers;
 
+pub(crate) use memory::{read_from, write_to};
+
 use std::fmt;
 
 use anyhow::Result;
