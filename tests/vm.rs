@@ -4,6 +4,8 @@
 #[path = "vm/beside.rs"]
 mod beside;
 mod common;
+#[path = "vm/faults.rs"]
+mod faults;
 #[path = "vm/matrix.rs"]
 mod matrix;
 
@@ -103,6 +105,7 @@ fn trials() -> Vec<Trial> {
     ];
     trials.extend(beside::trials(&stage));
     trials.extend(matrix::trials(&stage));
+    trials.extend(faults::trials());
     trials
 }
 

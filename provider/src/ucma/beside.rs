@@ -2,8 +2,8 @@
 //!
 //! An id that such a program makes is two at first, one here and one in the kernel. What it is bound to, or resolves, tells
 //! whose it is: an address of a device of the kernel is the kernel's, and so is a destination that is reached by
-//! one; all others are ours. An id that is bound to no address in particular stays two, which both listen. What the
-//! kernel made alone (a request for a connection, a membership) has a number that no other id has.
+//! one; all others are ours. An id that is bound to no address in particular stays two, which both listen. An id that
+//! the kernel makes for a request has a number that the router gives to none.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -17,8 +17,11 @@ use super::decode::What;
 use super::kernel::Kernel;
 use crate::abi::edge::Errno;
 
-/// In the numbers of what the kernel made alone. The router's are far smaller, and so are the kernel's.
-const KERNELS: u32 = 1 << 31;
+/// The numbers of the ids that the kernel made alone. The router's begin at the lowest, and librdmacm has a table of these
+/// many (`IDX_MAX_INDEX`).
+const NUMBERS: std::ops::Range<u32> = 1 << 15..1 << 16;
+/// In the numbers of the kernel's memberships, which are in no table.
+const MEMBERSHIP: u32 = 1 << 31;
 /// How often a port is looked for that is free on both sides.
 const ATTEMPTS: u32 = 16;
 /// Offsets in `struct rdma_ucm_event_resp`.
@@ -62,6 +65,8 @@ struct Twin {
     kernel: u32,
     /// The event channel that it is on.
     channel: RawFd,
+    /// Whether the router knows it as well.
+    twin: bool,
     /// Whether it is the kernel's alone by now.
     alone: bool,
     /// Whether it is bound, to no address in particular.
@@ -93,6 +98,8 @@ struct Entries {
     twins: HashMap<u32, Twin>,
     /// The numbers in the program, by those of the kernel.
     numbers: HashMap<u32, u32>,
+    /// The number that an id of the kernel's own got last.
+    last: u32,
 }
 
 /// The two sides of the command that is executed.
@@ -125,6 +132,24 @@ impl Book {
         entries.twins.insert(id, twin);
     }
 
+    /// Enters an id that has no number yet.
+    fn enter_new(&self, twin: Twin) -> u32 {
+        let mut entries = self.lock();
+        let Entries { twins, numbers, last } = &mut *entries;
+        let next = |number: u32| if number + 1 < NUMBERS.end { number + 1 } else { NUMBERS.start };
+        *last = next((*last).max(NUMBERS.start));
+        // librdmacm itself has no place for more.
+        for _ in NUMBERS {
+            if !twins.contains_key(last) {
+                break;
+            }
+            *last = next(*last);
+        }
+        numbers.insert(twin.kernel, *last);
+        twins.insert(*last, twin);
+        *last
+    }
+
     fn update(&self, id: u32, change: impl FnOnce(&mut Twin)) {
         self.lock().twins.get_mut(&id).map(change);
     }
@@ -143,7 +168,7 @@ impl Book {
 
     /// Forgets the ids on a channel that is about to be closed; the kernel ends them with its own channel.
     pub(super) fn forget(&self, channel: RawFd) {
-        let Entries { twins, numbers } = &mut *self.lock();
+        let Entries { twins, numbers, .. } = &mut *self.lock();
         twins.retain(|_, twin| twin.channel != channel);
         numbers.retain(|_, id| twins.contains_key(id));
     }
@@ -164,9 +189,9 @@ impl Book {
                 let (uid, space, qp_type) = (*uid, *space, *qp_type);
                 return self.create(hands, what, uid, space, qp_type).map(Done::Answered);
             }
-            What::Ask(Command::LeaveMulticast { id }) if id & KERNELS != 0 => {
+            What::Ask(Command::LeaveMulticast { id }) if id & MEMBERSHIP != 0 => {
                 // SAFETY: the caller's promise.
-                unsafe { hands.kernel.write_for(id & !KERNELS, written)? };
+                unsafe { hands.kernel.write_for(id & !MEMBERSHIP, written)? };
                 return Ok(Done::Stored);
             }
             What::SetOption { id, .. } => Some(*id),
@@ -177,7 +202,7 @@ impl Book {
             return Ok(Done::Ours(what));
         };
         match what {
-            What::Ask(Command::DestroyId { id }) => self.destroy(hands, id).map(Done::Answered),
+            What::Ask(Command::DestroyId { id }) => self.destroy(hands, id, twin.twin).map(Done::Answered),
             // SAFETY: the caller's promise.
             _ if twin.alone => unsafe { kernels(hands.kernel, &twin, written, &what, response) },
             What::Ask(Command::Bind { address, .. }) => self.bind(hands, id, &twin, address),
@@ -231,15 +256,25 @@ impl Book {
             let options = Vec::new();
             self.enter(
                 id,
-                Twin { kernel, channel, alone: false, bound: false, uid, space, qp_type, options },
+                Twin {
+                    kernel,
+                    channel,
+                    twin: true,
+                    alone: false,
+                    bound: false,
+                    uid,
+                    space,
+                    qp_type,
+                    options,
+                },
             );
         }
         Ok(answer)
     }
 
-    fn destroy(&self, hands: &Hands<'_>, id: u32) -> Result<CmAnswer, Errno> {
+    fn destroy(&self, hands: &Hands<'_>, id: u32, twin: bool) -> Result<CmAnswer, Errno> {
         let events = self.end(hands.kernel, id)?;
-        if id & KERNELS != 0 {
+        if !twin {
             return Ok(CmAnswer::Reported { events, revoked: 0 });
         }
         match hands.ask(Command::DestroyId { id })? {
@@ -314,12 +349,19 @@ impl Book {
         Ok(())
     }
 
-    /// Moves the kernel's part of an id to a channel from another. How many of its events were handed out.
-    pub(super) fn migrate(&self, id: u32, channel: RawFd, to: &Kernel, from: &Kernel) -> Result<u32, Errno> {
-        let Some(twin) = self.find(id) else { return Ok(0) };
+    /// Moves the kernel's part of an id to a channel from another. How many of its events were handed out, and whether
+    /// the router knows it as well.
+    pub(super) fn migrate(
+        &self,
+        id: u32,
+        channel: RawFd,
+        to: &Kernel,
+        from: &Kernel,
+    ) -> Result<(u32, bool), Errno> {
+        let Some(twin) = self.find(id) else { return Ok((0, true)) };
         let events = to.migrate(twin.kernel, from)?;
         self.update(id, |twin| twin.channel = channel);
-        Ok(events)
+        Ok((events, twin.twin))
     }
 
     /// Gives an event that the kernel has stored the number that its id has in the program.
@@ -333,16 +375,16 @@ impl Book {
         if kind == EventKind::MulticastJoin as u32 || kind == EventKind::MulticastError as u32 {
             // The number of a membership.
             // SAFETY: the caller's promise.
-            unsafe { at(EVENT_ID).write_unaligned(id | KERNELS) };
+            unsafe { at(EVENT_ID).write_unaligned(id | MEMBERSHIP) };
             return;
         }
         let known = self.lock().numbers.get(&id).copied();
-        let number = known.unwrap_or(id | KERNELS);
-        if known.is_none() {
+        let number = known.unwrap_or_else(|| {
             // A request for a connection: the kernel has made an id.
             let twin = Twin {
                 kernel: id,
                 channel,
+                twin: false,
                 alone: true,
                 bound: true,
                 uid: 0,
@@ -350,16 +392,11 @@ impl Book {
                 qp_type: 0,
                 options: Vec::new(),
             };
-            self.enter(number, twin);
-        }
+            self.enter_new(twin)
+        });
         // SAFETY: the caller's promise.
         unsafe { at(EVENT_ID).write_unaligned(number) };
     }
-}
-
-/// Whether an id that nobody has made here is the kernel's.
-pub(super) fn is_made_by_kernel(id: u32) -> bool {
-    id & KERNELS != 0
 }
 
 /// Executes a command about an id that is the kernel's alone.
@@ -378,7 +415,7 @@ unsafe fn kernels(
     if let What::Ask(Command::JoinMulticast { .. }) = what {
         let number = response as *mut u32;
         // SAFETY: the caller's promise; the kernel has just stored it.
-        unsafe { number.write_unaligned(number.read_unaligned() | KERNELS) };
+        unsafe { number.write_unaligned(number.read_unaligned() | MEMBERSHIP) };
     }
     Ok(Done::Stored)
 }
@@ -534,7 +571,7 @@ mod tests {
         // SAFETY: the address of an event.
         unsafe { bench.book.name(9, response) };
         let number = u32::from_ne_bytes(event[EVENT_ID..EVENT_ID + 4].try_into().unwrap());
-        assert!(is_made_by_kernel(number), "{number}");
+        assert!(NUMBERS.contains(&number), "{number}");
         let listen = [number.to_ne_bytes(), 1_u32.to_ne_bytes()].concat();
         assert!(matches!(bench.execute(7, &listen), Done::Stored));
         // An event of the id that was made twice has the number that the program knows.

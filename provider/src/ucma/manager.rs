@@ -17,7 +17,7 @@ use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command, Known};
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::LAYOUT_VERSION;
 
-use super::beside::{self, Book, Done, Hands, Sides};
+use super::beside::{Book, Done, Hands, Sides};
 use super::decode::{self, Shape, What, Written};
 use super::encode;
 use super::kernel::Kernel;
@@ -226,11 +226,11 @@ impl Manager {
     fn migrate(&self, id: u32, from: RawFd, to: RawFd) -> Result<CmAnswer, Errno> {
         // As Linux answers for a descriptor that is none, or is no event channel.
         let other = self.channel(from).map_err(|_| Errno::NOENT)?;
-        let mut told = 0;
+        let (mut told, mut twin) = (0, true);
         if let (Some(to_sides), Some(from_sides)) = (self.channel(to)?.sides, &other.sides) {
-            told = self.book.migrate(id, to, &to_sides.kernel, &from_sides.kernel)?;
+            (told, twin) = self.book.migrate(id, to, &to_sides.kernel, &from_sides.kernel)?;
         }
-        if beside::is_made_by_kernel(id) {
+        if !twin {
             return Ok(CmAnswer::Reported { events: told, revoked: 0 });
         }
         let mut answer = self.ask(to, Command::MigrateId { id, from: other.number })?;
