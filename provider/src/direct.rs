@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use engine::{Attempt, CompletionQueue, Completions, Fetch, KeyedRange, Memory, Requester, Responder};
@@ -350,7 +351,8 @@ impl Seat {
     /// Stops executing and keeps the seat, unless the router wants it. True: the router must be rung.
     #[inline]
     pub(crate) fn leave(&mut self, qp: &Qp) -> bool {
-        if qp.area.header.seat().is_wanted() {
+        let header = &qp.area.header;
+        if header.seat().is_wanted() || header.hands_over().load(Ordering::Relaxed) != 0 {
             self.park(qp);
             return true;
         }
@@ -361,6 +363,7 @@ impl Seat {
 
     /// Stops executing and hands the seat to the router, which must be rung.
     pub(crate) fn park(&mut self, qp: &Qp) {
+        qp.area.header.hands_over().store(0, Ordering::Relaxed);
         self.requester.save();
         qp.area.header.seat().park();
     }

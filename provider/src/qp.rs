@@ -174,7 +174,7 @@ impl Qp {
 
     /// What tells the router of the overrun of a CQ that this process meets while it executes.
     pub(crate) fn alarm(&self) -> Arc<dyn engine::Bell> {
-        Arc::new(SeatWanted(self.area.header.clone()))
+        Arc::new(HandOver(self.area.header.clone()))
     }
 
     #[inline]
@@ -278,13 +278,13 @@ impl Qp {
     }
 }
 
-/// Has the router take the seat of a QP as soon as its owner leaves it.
+/// Has the owner of a QP hand its seat to the router when it leaves.
 #[derive(Debug)]
-struct SeatWanted(QpHeader);
+struct HandOver(QpHeader);
 
-impl engine::Bell for SeatWanted {
+impl engine::Bell for HandOver {
     fn ring(&self) {
-        self.0.seat_wanted().store(1, Ordering::Relaxed);
+        self.0.hands_over().store(1, Ordering::Relaxed);
     }
 }
 

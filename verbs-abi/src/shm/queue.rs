@@ -149,6 +149,13 @@ impl QpHeader {
         Seat::new(self.0.u32(128), self.0.u32(100))
     }
 
+    /// Non-zero: the owner has met something that the router must see to, and hands the seat over when it leaves.
+    #[inline]
+    #[must_use]
+    pub fn hands_over(&self) -> &AtomicU32 {
+        self.0.u32(104)
+    }
+
     /// `enum ibv_qp_state`, for the owner's and a direct peer's eyes.
     #[inline]
     #[must_use]
