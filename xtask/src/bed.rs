@@ -129,6 +129,13 @@ impl Bed {
         Self { tree, router, client_router: None, server, client, mode: None, _keep: keep }
     }
 
+    /// The same bed, which keeps what its places live in.
+    #[must_use]
+    pub fn keeping(mut self, keep: Box<dyn Any + Send>) -> Self {
+        self._keep = keep;
+        self
+    }
+
     /// The same bed, whose tools run in a mode from now on.
     #[must_use]
     pub fn in_mode(mut self, mode: Mode) -> Self {

@@ -3,6 +3,7 @@
 mod connections;
 mod direct;
 mod handover;
+mod links;
 mod peers;
 mod ratios;
 mod registration;
@@ -36,7 +37,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     if !options.system {
         bench_crates(filter)?;
     }
-    let all = RATIOS.iter().chain(&direct::RATIOS);
+    let all = RATIOS.iter().chain(&direct::RATIOS).chain(&links::RATIOS);
     let ratios: Vec<&Ratio> = all.filter(|ratio| ratio.name.contains(filter)).collect();
     if ratios.is_empty() {
         return Ok(ExitCode::SUCCESS);

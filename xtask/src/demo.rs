@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 use xtask::{
-    bed::{Bed, Mode, Tool, free_port, start_server},
+    bed::{Bed, Mode, Place, Tool, free_port, start_server},
     interrupt, perftest,
     process::{Job, has_program, run},
     tree::Tree,
@@ -20,6 +20,7 @@ use crate::{build, packages, table::Table};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: f64 = 1_048_576.0;
+pub(crate) const GIB: f64 = 1024.0 * MIB;
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {
@@ -110,8 +111,8 @@ struct Tcp {
 impl Tcp {
     fn measure(bed: &Bed) -> Result<Self> {
         println!("kernel TCP:");
-        let bandwidth = progress("iperf3", || iperf(bed), gigabytes)?;
-        let trip = progress("TCP ping-pong", || tcp_trip(bed), microseconds)?;
+        let bandwidth = progress("iperf3", || Ok(iperf(&bed.server, &bed.client)?.bandwidth), gigabytes)?;
+        let trip = progress("TCP ping-pong", || tcp_trip(&bed.server, &bed.client), microseconds)?;
         Ok(Self { bandwidth, trip })
     }
 
@@ -188,27 +189,39 @@ pub(crate) fn latency(bed: &Bed, tool: &str) -> Result<f64> {
     row.latency().context("not the table of a latency test")
 }
 
-/// Bytes a second of one TCP stream.
-fn iperf(bed: &Bed) -> Result<f64> {
+/// What one TCP stream does between two places.
+pub(crate) struct Stream {
+    /// Bytes a second.
+    pub(crate) bandwidth: f64,
+    /// What both ends used of a processor for a GiB, seconds.
+    pub(crate) processor: f64,
+}
+
+/// One stream of iperf3.
+pub(crate) fn iperf(server: &Place, client: &Place) -> Result<Stream> {
     let port = free_port()?;
-    let server = words(&["iperf3", "--server", "--one-off", "--port", &port.to_string()]);
-    let _server = start_server(&bed.server, &server, port, LIMIT)?;
-    let client = words(&["iperf3", "--json", "--time", "2", "--port", &port.to_string(), "--client"]);
-    let client = [client, vec![bed.server.address.clone()]].concat();
-    let outcome = run(bed.client.plain_command(&client), LIMIT)?;
+    let words = words(&["iperf3", "--server", "--one-off", "--port", &port.to_string()]);
+    let _server = start_server(server, &words, port, LIMIT)?;
+    let words = self::words(&["iperf3", "--json", "--time", "2", "--port", &port.to_string(), "--client"]);
+    let words = [words, vec![server.address.clone()]].concat();
+    let outcome = run(client.plain_command(&words), LIMIT)?;
     let report: serde_json::Value = serde_json::from_str(&outcome.stdout)?;
-    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(bits.context("iperf3 reported no rate")? / 8.0)
+    let end = &report["end"];
+    let figure = |value: &serde_json::Value| value.as_f64().context("iperf3 reported no rate");
+    let bandwidth = figure(&end["sum_received"]["bits_per_second"])? / 8.0;
+    let use_of = &end["cpu_utilization_percent"];
+    let percent = figure(&use_of["host_total"])? + figure(&use_of["remote_total"])?;
+    Ok(Stream { bandwidth, processor: percent / 100.0 / bandwidth * GIB })
 }
 
 /// Microseconds of a round trip of 8 bytes over TCP.
-fn tcp_trip(bed: &Bed) -> Result<f64> {
+pub(crate) fn tcp_trip(server: &Place, client: &Place) -> Result<f64> {
     let program = std::env::current_exe()?.display().to_string();
     let port = free_port()?;
-    let server = words(&[&program, "tcp-serve", &port.to_string()]);
-    let _server = start_server(&bed.server, &server, port, LIMIT)?;
-    let client = words(&[&program, "tcp-ping", &bed.server.address, &port.to_string()]);
-    let outcome = Job::spawn(bed.client.plain_command(&client), LIMIT)?.wait()?;
+    let words = words(&[&program, "tcp-serve", &port.to_string()]);
+    let _server = start_server(server, &words, port, LIMIT)?;
+    let words = self::words(&[&program, "tcp-ping", &server.address, &port.to_string()]);
+    let outcome = Job::spawn(client.plain_command(&words), LIMIT)?.wait()?;
     outcome.success()?;
     outcome.stdout.trim().parse().context("no figure from the TCP ping-pong")
 }

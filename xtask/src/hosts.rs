@@ -7,21 +7,24 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
 use crate::{
     bed::{Bed, Place},
+    interrupt,
     netns::{Namespace, NamespacePair},
-    process::{command, run},
+    process::{Job, command, run},
     router::Router,
     tree::Tree,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
+const WIRE_LIMIT: Duration = Duration::from_secs(200);
 const PORT: u16 = 7471;
 /// The first overlay's addresses.
 const ANNOUNCED: &str = "\"10.201.77.0/24\", \"fd00:78::/64\"";
@@ -44,9 +47,15 @@ impl Side {
     }
 }
 
+/// The ends of a bad cable.
+const WIRE: [&str; 2] = ["10.203.77.1", "10.203.77.2"];
+const WIRE_LIFE: &str = "180";
+
 /// The hosts and what runs on them. Declared so that containers go before their hosts.
 #[derive(Debug)]
 pub struct Hosts {
+    /// Carries packets between the routers, where the cable does not.
+    wire: Option<Job>,
     overlays: Vec<NamespacePair>,
     cable: NamespacePair,
     tenants: Vec<String>,
@@ -74,7 +83,7 @@ impl Hosts {
             .collect::<Result<_>>()?;
         let dir = TempDir::with_prefix("freeflow-")?;
         let tenants = tenants.iter().map(|&tenant| tenant.to_owned()).collect();
-        let hosts = Self { overlays, cable, tenants, secured: false, registry: None, dir };
+        let hosts = Self { wire: None, overlays, cable, tenants, secured: false, registry: None, dir };
         hosts.write_configurations()?;
         Ok(hosts)
     }
@@ -99,9 +108,60 @@ impl Hosts {
         Ok(self)
     }
 
+    /// The same hosts, whose routers talk over a cable that can be made bad (see [`Self::set_wire`]); `probe` is the
+    /// program that carries its packets.
+    pub fn over_wire(mut self, probe: &Path) -> Result<Self> {
+        self.set_wire("")?;
+        let ends = [Side::Left, Side::Right].map(|side| self.namespace(side).path());
+        let words = [&*probe.display().to_string(), "cable", &ends[0], &ends[1]].map(str::to_owned);
+        let file = [self.wire_file().display().to_string(), WIRE_LIFE.to_owned()];
+        let mut job = Job::spawn(command(words.iter().chain(&file)), WIRE_LIMIT)?;
+        let start = Instant::now();
+        while !job.stdout().contains("READY") {
+            interrupt::check()?;
+            if job.has_ended()? || start.elapsed() > LIMIT {
+                bail!("no cable: {}", job.stop(Duration::ZERO)?.report());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        for (side, address) in [Side::Left, Side::Right].into_iter().zip(WIRE) {
+            let enter = self.enter(side);
+            let ip = |words: &str| {
+                let words = format!("ip {words}");
+                run(command(enter.iter().map(String::as_str).chain(words.split(' '))), LIMIT).map(drop)
+            };
+            ip(&format!("address add {address}/24 dev wire0"))?;
+            ip("link set wire0 up")?;
+        }
+        self.wire = Some(job);
+        self.write_configurations()?;
+        Ok(self)
+    }
+
     /// A directory of these hosts' own, for files.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// What the bad cable does: microseconds of delay and of jitter, and of a thousand packets how many are lost, overtake
+    /// others, and come twice; zero where nothing is said.
+    pub fn set_wire(&self, conditions: &str) -> Result<()> {
+        let fresh = self.dir.path().join("wire.new");
+        fs::write(&fresh, conditions)?;
+        Ok(fs::rename(fresh, self.wire_file())?)
+    }
+
+    fn wire_file(&self) -> PathBuf {
+        self.dir.path().join("wire")
+    }
+
+    /// The address by which the other router knows that of a host.
+    fn router_address(&self, side: Side) -> &'static str {
+        match (&self.wire, side) {
+            (None, side) => self.address(side),
+            (Some(_), Side::Left) => WIRE[0],
+            (Some(_), Side::Right) => WIRE[1],
+        }
     }
 
     /// What the configuration of a host says of security.
@@ -134,6 +194,11 @@ impl Hosts {
         self.namespace(side).address
     }
 
+    /// A host itself, on the cable.
+    pub fn host(&self, side: Side) -> Place {
+        Place::namespace(self.namespace(side))
+    }
+
     /// A container on a host, on one of the overlays.
     pub fn container(&self, side: Side, overlay: usize) -> Place {
         let overlay = &self.overlays[overlay];
@@ -152,7 +217,7 @@ impl Hosts {
         let directory = self.dir.path().join("directory.toml");
         let mut text = "[routers]\n".to_owned();
         for side in [Side::Left, Side::Right] {
-            text += &format!("{} = \"{}:{PORT}\"\n", side.name(), self.address(side));
+            text += &format!("{} = \"{}:{PORT}\"\n", side.name(), self.router_address(side));
         }
         let defaults = vec!["default".to_owned()];
         let tenants = if self.tenants.is_empty() { &defaults } else { &self.tenants };
@@ -168,7 +233,7 @@ impl Hosts {
         }
         fs::write(&directory, text)?;
         for side in [Side::Left, Side::Right] {
-            let (name, address) = (side.name(), self.address(side));
+            let (name, address) = (side.name(), self.router_address(side));
             let security = self.security(side);
             let mut text =
                 format!("[links]\nname = \"{name}\"\nlisten = \"{address}:{PORT}\"\n{security}[directory]\n");
@@ -214,16 +279,27 @@ impl Hosts {
 
     /// Starts the router of a host.
     pub fn start_router(&self, tree: &Tree, side: Side) -> Result<Router> {
+        self.start_router_by(tree, side, &[])
+    }
+
+    /// The same, with further words in front of the program.
+    pub fn start_router_by(&self, tree: &Tree, side: Side, by: &[String]) -> Result<Router> {
         let words = ["--config".to_owned(), self.configuration(side).display().to_string()];
-        Router::start_in(tree, &self.enter(side), &words)
+        Router::start_in(tree, &[&self.enter(side), by].concat(), &words)
             .with_context(|| format!("no router on the {} host", side.name()))
     }
 
     /// A bed whose server is a container of the left host, and its client one of the right host, on the first overlay.
     pub fn bed(self, tree: Tree) -> Result<Bed> {
+        let bed = self.lend(tree)?;
+        Ok(bed.keeping(Box::new(self)))
+    }
+
+    /// The same for as long as these hosts are kept.
+    pub fn lend(&self, tree: Tree) -> Result<Bed> {
         let (left, right) = (self.start_router(&tree, Side::Left)?, self.start_router(&tree, Side::Right)?);
         let (server, client) = (self.container(Side::Left, 0), self.container(Side::Right, 0));
-        let mut bed = Bed::with_places(tree, left, server, client, Box::new(self));
+        let mut bed = Bed::with_places(tree, left, server, client, Box::new(()));
         bed.client_router = Some(right);
         Ok(bed)
     }

@@ -36,7 +36,12 @@ pub struct Namespace {
 impl Namespace {
     /// What goes before a command to run it in here. `nsenter` leaves the mounts alone, `ip netns exec` does not.
     pub fn enter(&self) -> Vec<String> {
-        vec!["nsenter".to_owned(), format!("--net=/run/netns/{}", self.name)]
+        vec!["nsenter".to_owned(), format!("--net={}", self.path())]
+    }
+
+    /// The file that stands for it.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.name)
     }
 }
 

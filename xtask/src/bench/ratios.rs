@@ -212,7 +212,7 @@ fn many_pairs(bed: &Bed) -> Result<Measurement> {
     Ok(Measurement { figure: together / alone, from })
 }
 
-fn bytes_a_second(outcome: &PairOutcome) -> Result<f64> {
+pub(super) fn bytes_a_second(outcome: &PairOutcome) -> Result<f64> {
     outcome.success()?;
     let row = perftest::single_row(&outcome.client.stdout)?;
     Ok(row.bandwidth().context("not the table of a bandwidth test")? * 1_048_576.0)
@@ -275,7 +275,7 @@ fn idle_router(bed: &Bed) -> Result<Measurement> {
 }
 
 /// What all threads of a process have used so far, to the nanosecond.
-fn processor_time(pid: u32) -> Result<Duration> {
+pub(super) fn processor_time(pid: u32) -> Result<Duration> {
     let mut total = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("no process {pid}"))? {
         let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
