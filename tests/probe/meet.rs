@@ -100,13 +100,13 @@ impl Theirs {
 }
 
 /// Says something that appears whole.
-fn tell(path: &PathBuf, text: &str) -> Result<()> {
+pub(crate) fn tell(path: &PathBuf, text: &str) -> Result<()> {
     let fresh = path.with_extension("new");
     fs::write(&fresh, text)?;
     Ok(fs::rename(fresh, path)?)
 }
 
-fn hear(path: &PathBuf) -> Result<Vec<String>> {
+pub(crate) fn hear(path: &PathBuf) -> Result<Vec<String>> {
     let start = Instant::now();
     while start.elapsed() < LIMIT {
         if let Ok(text) = fs::read_to_string(path) {

@@ -4,8 +4,10 @@
 //! the promise holds, or could not be tried. Anything else is a failure, told on stderr. Every subcommand ends by
 //! itself in bounded time.
 
+mod across;
 mod beside;
 mod buffer;
+mod cable;
 mod checks;
 mod cm;
 mod cq;
@@ -39,6 +41,8 @@ const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | imports | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT | registration BYTES
        freeflow-probe beside DEVICE GID-INDEX
+       freeflow-probe across FOLDER OWN-NAME OTHER-NAME SECONDS QPS TIMEOUT RETRIES
+       freeflow-probe cable NAMESPACE NAMESPACE FILE SECONDS
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
        freeflow-probe kill-loop --rounds N --seed S";
 
@@ -69,7 +73,7 @@ fn main() -> ExitCode {
 
 fn perform(words: &[&str]) -> Result<()> {
     end_after(LIMIT);
-    if !words.first().is_some_and(|word| word.starts_with("tcp-")) {
+    if !words.first().is_some_and(|word| word.starts_with("tcp-") || *word == "cable") {
         library::load()?;
     }
     match words {
@@ -83,6 +87,18 @@ fn perform(words: &[&str]) -> Result<()> {
         ["idle-qps", count] => idle::qps(count.parse()?),
         ["meet", folder, own, other] => meet::meet(folder, own, other),
         ["flood", count] => idle::flood(count.parse()?),
+        ["across", folder, own, other, seconds, qps, timeout, retries] => {
+            let options = across::Options {
+                time: Duration::from_secs_f64(seconds.parse()?),
+                qps: qps.parse()?,
+                timeout: timeout.parse()?,
+                retry_cnt: retries.parse()?,
+            };
+            across::run(folder, own, other, &options)
+        }
+        ["cable", left, right, conditions, seconds] => {
+            cable::run(left, right, conditions, Duration::from_secs(seconds.parse()?))
+        }
         ["exhaust"] => meet::exhaust(),
         ["registration", len] => registration::measure(len.parse()?),
         ["outage"] => outage::survive(),

@@ -110,7 +110,9 @@ fn start_logging(filter: &str) -> Result<(), Failure> {
         )
     })?;
     let colours = io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours).init();
+    // A full disk must not end the router: what cannot be logged is not complained about either, on the same disk.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    log.with_writer(io::stderr).with_ansi(colours).init();
     Ok(())
 }
 
