@@ -24,8 +24,9 @@ use crate::{
     requester::Obstacle,
     srq::{Claim, SharedReceives},
     stage::Stage,
-    transfer::{Broken, Side, transfer},
+    transfer::{Broken, Side, locate, transfer},
     window,
+    wire::Piece,
 };
 
 /// What a requester asks of its peer.
@@ -462,6 +463,44 @@ impl Responder {
             OPERATION => self.refuse_receive(WcStatus::LocProtErr, OPERATION),
             _ => reply,
         }
+    }
+
+    /// Says where so many bytes of a request's payload belong that are about to come. Changes nothing but that a
+    /// message claims its receive. False: not to mapped memory, or there is something the matter with it.
+    pub(crate) fn locate<M: Memory>(
+        &mut self,
+        memory: &M,
+        request: &Request<'_, M>,
+        len: u64,
+        tell: &mut dyn FnMut(Piece),
+    ) -> bool {
+        let is_new = self.state == QpState::Rtr && !self.established;
+        if !self.state.may_respond() || is_new || self.peer != request.source_qpn {
+            return false;
+        }
+        let written;
+        let spans = match request.opcode {
+            Opcode::Write | Opcode::WriteWithImm => match self.written(memory, request) {
+                Some(span) => {
+                    written = [span];
+                    &written[..]
+                }
+                None => return false,
+            },
+            Opcode::Send | Opcode::SendWithImm | Opcode::SendWithInv => {
+                let pd = self.shared.as_ref().map_or(self.pd, |queue| queue.pd);
+                if self.claim().is_err() || request.len > list_len(self.wqe.sges()) {
+                    return false;
+                }
+                let (sges, spans) = (self.wqe.sges(), &mut self.spans);
+                if !check_list(memory, pd, sges, request.len, AccessFlags::LOCAL_WRITE, spans) {
+                    return false;
+                }
+                &self.spans[..]
+            }
+            _ => return false,
+        };
+        locate(Side::Spans(memory, spans), request.placed, len, tell)
     }
 
     /// Does what a SEND asks for beside its payload. False: it may not.

@@ -10,6 +10,7 @@ use crate::{
     memory::{Memory, Span},
     place::place,
     stage::{Stage, Staged},
+    wire,
 };
 
 /// Bytes of a slice that is not all mapped: what a QP may have in buffers.
@@ -269,6 +270,40 @@ fn take_mapped<M: Memory>(from: Side<'_, M>, skip: u64, into: &mut [u8]) -> Resu
 /// Copies a message that [`gather`] gave into a buffer.
 pub(crate) fn take_out<M: Memory>(from: Side<'_, M>, into: &mut [u8]) -> Result<(), Broken> {
     take_mapped(from, 0, into)
+}
+
+/// Says where `len` bytes of `from` are, `skip` bytes into it. False: not all of them are mapped.
+pub(crate) fn locate<M: Memory>(
+    from: Side<'_, M>,
+    skip: u64,
+    mut len: u64,
+    tell: &mut dyn FnMut(wire::Piece),
+) -> bool {
+    if !from.is_mapped() {
+        return false;
+    }
+    let mut cursor = Cursor::new(from, skip);
+    while len > 0 {
+        // What a null MR takes or gives is nowhere.
+        let Some((Some(start), n)) = cursor.piece(len) else { return false };
+        tell(wire::Piece { start, len: n });
+        cursor.advance(n);
+        len -= n as u64;
+    }
+    true
+}
+
+/// Appends what lies in pieces that the fabric has told, but for the first `skip` bytes.
+pub(crate) fn copy_out(pieces: &[wire::Piece], mut skip: usize, into: &mut Vec<u8>) {
+    for piece in pieces {
+        let (from, at) = (skip.min(piece.len), into.len());
+        let len = piece.len - from;
+        into.resize(at + len, 0);
+        // SAFETY: a piece is valid for its length until the fabric that told it is changed, before which it is used;
+        // the buffer is ours.
+        unsafe { place(piece.start.as_ptr().add(from), into[at..].as_mut_ptr(), len) };
+        skip -= from;
+    }
 }
 
 /// A part of a slice that is reached in one way.

@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Access, Fabric, nic::Nic};
+use engine::{Access, Fabric, Stream, nic::Nic};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity, sched_yield},
@@ -225,7 +225,7 @@ impl Lane {
     /// be sent something. The lane is woken only if that leaves something for it.
     pub(crate) fn serve_link<R>(
         &self,
-        calls: &mut Vec<u32>,
+        calls: &mut Vec<Stream>,
         change: impl FnOnce(&mut RouterFabric) -> R,
     ) -> R {
         self.waiters.fetch_add(1, Ordering::Relaxed);
@@ -247,9 +247,9 @@ impl Lane {
         result
     }
 
-    /// What is to be sent to a router of another host.
-    pub(crate) fn take_packets(&self, peer: u32, into: &mut Vec<u8>) -> bool {
-        self.seat.lock().fabric.take_packets(peer, into)
+    /// Does something to the fabric by the lane itself, which looks at it afterwards.
+    pub(crate) fn with_own<R>(&self, change: impl FnOnce(&mut RouterFabric) -> R) -> R {
+        change(&mut self.seat.lock().fabric)
     }
 
     /// The lane page for clients.
@@ -376,7 +376,7 @@ impl Lane {
         }
         look.timer = fabric.next_timer();
         let first_call = fabric.next_call();
-        let calls: Vec<u32> =
+        let calls: Vec<Stream> =
             first_call.into_iter().chain(std::iter::from_fn(|| fabric.next_call())).collect();
         if self.waiters.load(Ordering::Relaxed) > 0 {
             MutexGuard::unlock_fair(seat);

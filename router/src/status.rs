@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A snapshot of one router.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
     /// Version of the router program, as `freeflow --version` prints it.
@@ -115,7 +115,7 @@ pub struct Route {
 }
 
 /// The link to a router of another host.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Link {
     /// The router's name.
@@ -124,11 +124,17 @@ pub struct Link {
     pub address: String,
     /// `up`, or `down`: it is made when something is to be sent.
     pub state: String,
+    /// Streams that are there now.
+    pub streams: u32,
+    /// From here to that router and back through all queues, when last looked, microseconds.
+    pub round_trip_us: Option<f64>,
     /// Bytes sent, headers included.
     pub tx_bytes: u64,
     /// Bytes received, headers included.
     pub rx_bytes: u64,
-    /// How often a connection was made, by either end.
+    /// Packets sent again: after a lost stream, a time-out, or a receiver that was not ready.
+    pub retransmissions: u64,
+    /// How often a stream was made, by either end.
     pub connections: u64,
     /// Whether both ends have a NIC on a common fabric.
     pub rnic: bool,

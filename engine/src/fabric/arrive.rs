@@ -17,7 +17,7 @@ use crate::{
     stage::Stage,
     transfer::Side,
     wire::{
-        Outcome, Place,
+        LATE, Outcome, Piece, Place, TAIL,
         packet::{BadPacket, HEADER, Header, Kind, SOLICITED},
     },
 };
@@ -36,7 +36,11 @@ impl<M: Memory> Fabric<M> {
         if payload.len() != header.len as usize {
             return Err(BadPacket::Length(header.len));
         }
-        let Some(tenant) = self.links.outbox(peer).tenant(header.path.tenant) else { return Ok(()) };
+        if matches!(header.kind, Kind::Ping | Kind::Pong) {
+            self.take_ping(peer, &header);
+            return Ok(());
+        }
+        let Some(tenant) = self.links.tenant(peer, header.path.tenant) else { return Ok(()) };
         header.path.tenant = tenant;
         match header.kind {
             Kind::Datagram => self.take_datagram(peer, &header, payload),
@@ -51,6 +55,91 @@ impl<M: Memory> Fabric<M> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Says where the payload of a packet belongs, of which no more than the header has come, all but its last
+    /// [`TAIL`] bytes. It may be put there until something changes this fabric, and is then given to
+    /// [`Self::receive_placed`]. False: the whole packet must be waited for.
+    pub fn aim(&mut self, peer: u32, header: &[u8; HEADER], tell: &mut dyn FnMut(Piece)) -> bool {
+        self.find_place(peer, header, tell).is_some()
+    }
+
+    fn find_place(
+        &mut self,
+        peer: u32,
+        header: &[u8; HEADER],
+        tell: &mut dyn FnMut(Piece),
+    ) -> Option<(usize, Header)> {
+        let mut header = Header::decode(header).ok().filter(|header| u64::from(header.len) >= LATE)?;
+        header.path.tenant = self.links.tenant(peer, header.path.tenant)?;
+        let is_request = header.kind == Kind::Request;
+        if !is_request && header.kind != Kind::Data {
+            return None;
+        }
+        let at = self.connected(peer, &header)?;
+        let qp = self.qps[at].as_mut().filter(|qp| qp.requester.qp_type() == QpType::Rc)?;
+        let memory = &self.clients[qp.owner].as_ref()?.memory;
+        // Where a NIC carries the others, what is to be told beside may depend on the whole packet.
+        let far = qp.far.as_mut().filter(|far| far.shadow.is_none())?;
+        let found = if is_request {
+            far.target.expects(&header) && far.target.locate(&mut qp.responder, memory, &header, tell)
+        } else {
+            far.initiator.locate_answer(&mut qp.requester, memory, &header, tell)
+        };
+        found.then_some((at, header))
+    }
+
+    /// Takes in a packet whose payload was put where [`Self::aim`] said, but for the tail. `places` are the addresses
+    /// and lengths that it told: if it would tell others now, the packet is lost.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub fn receive_placed(
+        &mut self,
+        peer: u32,
+        header: &[u8; HEADER],
+        places: &[(usize, usize)],
+        tail: &[u8; TAIL],
+        now: u64,
+    ) -> Result<(), BadPacket> {
+        self.now = now;
+        let mut again = Vec::new();
+        let found = self.find_place(peer, header, &mut |piece| again.push(piece.place()));
+        let Some((at, mut header)) = found.filter(|_| again == places) else {
+            return self.miss(peer, header);
+        };
+        // As if the beginning had been a packet of its own.
+        let before = header.len - TAIL as u32;
+        header.offset += before;
+        header.len = TAIL as u32;
+        if header.kind == Kind::Request {
+            self.take_request(at, &mut header, tail);
+        } else {
+            if let Some(far) = self.qps[at].as_mut().and_then(|qp| qp.far.as_mut()) {
+                far.initiator.skip(&header, before);
+            }
+            self.take_reply(at, &header, tail, now);
+        }
+        Ok(())
+    }
+
+    /// A packet came whose payload was read to nowhere: it has to come again.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub fn miss(&mut self, peer: u32, header: &[u8; HEADER]) -> Result<(), BadPacket> {
+        let mut header = Header::decode(header)?;
+        let Some(tenant) = self.links.tenant(peer, header.path.tenant) else { return Ok(()) };
+        header.path.tenant = tenant;
+        let Some(at) = self.connected(peer, &header) else { return Ok(()) };
+        let Some(far) = self.qps[at].as_mut().and_then(|qp| qp.far.as_mut()) else { return Ok(()) };
+        match header.kind {
+            Kind::Request => far.target.miss(&header),
+            _ => far.initiator.rewind(),
+        }
+        self.owe(at);
+        self.schedule.enqueue(at);
         Ok(())
     }
 
@@ -94,7 +183,8 @@ impl<M: Memory> Fabric<M> {
         let client = self.clients[srq_owner.unwrap_or(qp.owner)].as_ref();
         let Some(client) = client else { return Outcome::Over };
         let Some(far) = qp.far.as_mut() else { return Outcome::Over };
-        let outbox = self.links.outbox(far.peer);
+        let stream = far.stream(&mut self.links);
+        let outbox = self.links.outbox(stream);
         let packet = (&mut *header, payload);
         let mut outcome = far.target.execute(&mut qp.responder, &client.memory, packet, &far.path, outbox);
         if !qp.responder.qp_type().is_reliable() && outcome != Outcome::Foreign {
@@ -109,7 +199,7 @@ impl<M: Memory> Fabric<M> {
             }
         }
         if outbox.has_bytes() {
-            self.links.call(far.peer);
+            self.links.call(stream);
         }
         self.heed(Some(at));
         if let Outcome::Refused(event) = outcome {
@@ -142,7 +232,13 @@ impl<M: Memory> Fabric<M> {
                     self.launch(at, Half::Reply);
                 }
             }
-            Kind::Request | Kind::Datagram | Kind::Control | Kind::Member | Kind::Shadow => {}
+            Kind::Request
+            | Kind::Datagram
+            | Kind::Control
+            | Kind::Member
+            | Kind::Shadow
+            | Kind::Ping
+            | Kind::Pong => {}
         }
         if self.reap(at) {
             self.schedule.enqueue(at);

@@ -6,7 +6,7 @@ use std::{fmt::Debug, sync::Arc};
 
 use verbs_abi::proto::Gid;
 
-use super::Fabric;
+use super::{Fabric, Stream};
 use crate::{
     Memory,
     wire::{
@@ -52,8 +52,9 @@ impl<M: Memory> Fabric<M> {
     /// Sends words, and has a link made where there is none. False: they are lost.
     pub fn send_control(&mut self, control: &Control) -> bool {
         let Control { peer, tenant, source, destination, words } = control;
-        self.links.call(*peer);
-        let outbox = self.links.outbox(*peer);
+        let stream = Stream::first(*peer);
+        self.links.call(stream);
+        let outbox = self.links.outbox(stream);
         if words.len() > MAX_WORDS || !outbox.has_reply_room() {
             return false;
         }

@@ -21,13 +21,17 @@ use crate::{
     Attempt, Memory,
     shadow::{Shadow, Stage},
     wire::{
-        Condition, Emit, Initiator, Outbox, Outcome, Path, Place, Reaped, Target,
+        Condition, Emit, Initiator, Late, Load, Located, Outbox, Outcome, Path, Pieces, Place, Reaped,
+        Target,
         packet::{Header, Kind, SOLICITED},
     },
 };
 
 /// Bits of a sequence number that two QPs agree on.
 const PSN: u32 = (1 << 24) - 1;
+
+/// The ends of a packet that is between hosts themselves.
+const NOBODY: Path = Path { tenant: 0, source_qpn: 0, target_qpn: 0, sgid: [0; 16], dgid: [0; 16] };
 
 /// Which router serves an address.
 pub trait Routing: Send + Sync + Debug {
@@ -48,11 +52,30 @@ pub(super) enum Patience {
     For(u64),
 }
 
+/// One of the streams of the link to a router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Stream {
+    /// The router, by the number that the host gave it.
+    pub peer: u32,
+    /// Which of its streams.
+    pub index: u32,
+}
+
+impl Stream {
+    /// The one that carries what belongs to no connection.
+    #[must_use]
+    pub const fn first(peer: u32) -> Self {
+        Self { peer, index: 0 }
+    }
+}
+
 /// A connection to a QP of another host.
 #[derive(Debug)]
 pub(super) struct Far {
     /// The router there.
     pub(super) peer: u32,
+    /// What chooses its stream.
+    spread: u32,
     pub(super) path: Path,
     pub(super) initiator: Initiator,
     pub(super) target: Target,
@@ -67,27 +90,86 @@ pub(super) struct Far {
 pub(super) struct Links {
     pub(super) routing: Option<Arc<dyn Routing>>,
     pub(super) controls: Option<Arc<dyn Controls>>,
-    pub(super) outboxes: Vec<Outbox>,
+    links: Vec<Link>,
+    /// Streams of a link, as this router would have it.
+    streams: u32,
     /// QPs that owe their peers something, by index and number.
     owing: Vec<(usize, u32)>,
-    /// Routers that something is to be sent to.
-    calls: BTreeSet<u32>,
+    /// Streams over which something is to be sent.
+    calls: BTreeSet<Stream>,
     next_stream: u32,
 }
 
+/// The link to one router.
+#[derive(Debug, Default)]
+struct Link {
+    /// Streams that both ends have agreed upon; 0 before they have.
+    agreed: u32,
+    /// Tenants that both ends have: the peer's number, and ours.
+    tenants: HashMap<u32, u32>,
+    outboxes: Vec<Outbox>,
+    figures: LinkFigures,
+}
+
+/// What a link is like, for `freeflow status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkFigures {
+    /// Packets that were sent more than once.
+    pub repeated: u64,
+    /// From here to the router and back, through all queues, when last looked: ns.
+    pub round_trip: Option<u64>,
+}
+
 impl Links {
-    pub(super) fn outbox(&mut self, peer: u32) -> &mut Outbox {
+    fn link(&mut self, peer: u32) -> &mut Link {
         let at = peer as usize;
-        if self.outboxes.len() <= at {
-            self.outboxes.resize_with(at + 1, Outbox::default);
+        if self.links.len() <= at {
+            self.links.resize_with(at + 1, Link::default);
         }
-        &mut self.outboxes[at]
+        &mut self.links[at]
     }
 
-    /// Something is to be sent to a router.
-    pub(super) fn call(&mut self, peer: u32) {
-        self.calls.insert(peer);
+    /// The stream of a link that a spread leads to. Packets between the same two QPs take the same one, either way.
+    pub(super) fn stream(&mut self, peer: u32, spread: u32) -> Stream {
+        let own = self.streams.max(1);
+        let agreed = self.link(peer).agreed;
+        let count = if agreed == 0 { own } else { agreed };
+        Stream { peer, index: spread % count }
     }
+
+    pub(super) fn outbox(&mut self, stream: Stream) -> &mut Outbox {
+        let at = stream.index as usize;
+        let outboxes = &mut self.link(stream.peer).outboxes;
+        if outboxes.len() <= at {
+            outboxes.resize_with(at + 1, Outbox::default);
+        }
+        &mut outboxes[at]
+    }
+
+    /// Whether a router has a tenant of ours.
+    pub(super) fn has_tenant(&mut self, peer: u32, ours: u32) -> bool {
+        self.link(peer).tenants.values().any(|tenant| *tenant == ours)
+    }
+
+    /// Our number of a tenant of a router's.
+    pub(super) fn tenant(&mut self, peer: u32, theirs: u32) -> Option<u32> {
+        self.link(peer).tenants.get(&theirs).copied()
+    }
+
+    /// Something is to be sent over a stream.
+    pub(super) fn call(&mut self, stream: Stream) {
+        self.calls.insert(stream);
+    }
+}
+
+/// What spreads connections over the streams of a link: the same at both ends.
+pub(super) fn spread(path: &Path) -> u32 {
+    let sum =
+        |gid: &Gid| gid.iter().fold(0_u32, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
+    let both = path.source_qpn.wrapping_add(path.target_qpn);
+    let ends = both.wrapping_add(sum(&path.sgid)).wrapping_add(sum(&path.dgid));
+    // Fibonacci hashing: numbers in a row, or every second one, come out evenly.
+    ends.wrapping_mul(0x9e37_79b9) >> 16
 }
 
 impl<M: Memory> Fabric<M> {
@@ -103,57 +185,168 @@ impl<M: Memory> Fabric<M> {
         self.seek_members();
     }
 
-    /// A link to a router is there. `tenants`: its number of each tenant that both have, and ours.
-    pub fn link_up(&mut self, peer: u32, tenants: HashMap<u32, u32>) {
-        self.links.outbox(peer).open(tenants);
-        if let Some(controls) = &self.links.controls {
-            controls.link_up(peer);
+    /// Sets how many streams a link has, unless its other end wants fewer.
+    pub fn set_streams(&mut self, streams: u32) {
+        self.links.streams = streams.max(1);
+    }
+
+    /// A stream of the link to a router is there. `streams`: how many both ends agree to have. `tenants`: the router's
+    /// number of each tenant that both have, and ours.
+    pub fn link_up(&mut self, stream: Stream, streams: u32, tenants: HashMap<u32, u32>) {
+        self.links.link(stream.peer).tenants = tenants;
+        self.agree(stream.peer, streams);
+        self.links.outbox(stream).open();
+        if stream == Stream::first(stream.peer)
+            && let Some(controls) = &self.links.controls
+        {
+            controls.link_up(stream.peer);
         }
-        self.tell_groups(peer);
-        self.interrupt(peer);
+        if stream == Stream::first(stream.peer) {
+            self.tell_groups(stream.peer);
+        }
+        self.interrupt(stream.peer, Some(stream.index));
     }
 
-    /// A link is not there. `awaited`: it will be soon, and what is to be sent waits; else what is unreliable is lost.
-    pub fn link_down(&mut self, peer: u32, awaited: bool) {
-        self.links.outbox(peer).close(if awaited { Condition::Awaited } else { Condition::Down });
-        self.interrupt(peer);
+    /// Asks the router at the other end of a stream for a sign of life.
+    pub fn ping(&mut self, stream: Stream, now: u64) {
+        let ping =
+            Header { operands: [now, 0], imm: stream.index, ..Header::new(Kind::Ping, 0, &NOBODY, 0, 0) };
+        let outbox = self.links.outbox(stream);
+        if outbox.has_reply_room() {
+            outbox.push(&ping);
+            self.links.call(stream);
+        }
     }
 
-    /// What was on its way over a link is lost: all of its QPs send again what was not acknowledged.
-    fn interrupt(&mut self, peer: u32) {
+    /// A router asks for a sign of life, or gives one.
+    pub(super) fn take_ping(&mut self, peer: u32, header: &Header) {
+        if header.kind == Kind::Pong {
+            let round_trip = self.now.checked_sub(header.operands[0]);
+            return self.links.link(peer).figures.round_trip = round_trip;
+        }
+        let stream = self.links.stream(peer, header.imm);
+        let outbox = self.links.outbox(stream);
+        if outbox.has_reply_room() {
+            outbox.push(&Header { kind: Kind::Pong, ..*header });
+            self.links.call(stream);
+        }
+    }
+
+    /// What the link to a router is like.
+    pub fn link_figures(&mut self, peer: u32) -> LinkFigures {
+        self.links.link(peer).figures
+    }
+
+    /// So many streams the link to a router has. Where they were others before, all take new ones.
+    pub fn agree(&mut self, peer: u32, streams: u32) {
+        let own = self.links.streams.max(1);
+        let link = self.links.link(peer);
+        let before = if link.agreed == 0 { own } else { link.agreed };
+        link.agreed = streams.max(1);
+        if before != link.agreed {
+            self.interrupt(peer, None);
+            (0..before).for_each(|index| self.let_go_on(Stream { peer, index }));
+        }
+    }
+
+    /// A stream is not there. `awaited`: it will be soon, and what is to be sent waits; else what is unreliable is lost.
+    pub fn link_down(&mut self, stream: Stream, awaited: bool) {
+        self.links.outbox(stream).close(if awaited { Condition::Awaited } else { Condition::Down });
+        self.interrupt(stream.peer, Some(stream.index));
+    }
+
+    /// What was on its way over a stream, or all of a link, is lost: all of its QPs send again what was not
+    /// acknowledged.
+    fn interrupt(&mut self, peer: u32, index: Option<u32>) {
         for at in 0..self.qps.len() {
             let Some(qp) = self.qps[at].as_mut() else { continue };
-            if let Some(far) = qp.far.as_mut().filter(|far| far.peer == peer) {
+            let Some(far) = qp.far.as_mut().filter(|far| far.peer == peer) else { continue };
+            let own = self.links.stream(peer, far.spread).index;
+            if index.is_none_or(|index| index == own) {
                 far.target.interrupt();
                 far.initiator.rewind();
                 self.schedule.enqueue(at);
                 self.resume_shadow(at);
             }
         }
-        self.let_go_on(peer);
+        if let Some(index) = index {
+            self.let_go_on(Stream { peer, index });
+        }
     }
 
     pub(super) fn has_calls(&self) -> bool {
         !self.links.calls.is_empty() || !self.links.owing.is_empty()
     }
 
-    /// A router that something is to be sent to, once.
-    pub fn next_call(&mut self) -> Option<u32> {
+    /// A stream over which something is to be sent, once.
+    pub fn next_call(&mut self) -> Option<Stream> {
         self.links.calls.pop_first()
     }
 
-    /// Takes what is to be sent to a router: whole packets, one after the other. False: nothing. Those that waited for
-    /// room have their turns then.
-    pub fn take_packets(&mut self, peer: u32, into: &mut Vec<u8>) -> bool {
-        self.tell();
-        let some = self.links.outbox(peer).take(into);
-        self.let_go_on(peer);
-        some
+    /// Takes what is to be sent over a stream: whole packets, one after the other. False: nothing. Those that waited
+    /// for room have their turns then.
+    pub fn take_packets(&mut self, stream: Stream, into: &mut Vec<u8>) -> bool {
+        into.clear();
+        let (mut load, mut pieces) = (Load::default(), Pieces::default());
+        if !self.load_packets(stream, &mut load) {
+            return false;
+        }
+        while !load.is_empty() {
+            self.list(&mut load, &mut pieces);
+            let count = pieces.copy(into);
+            if load.late().any(|late| !self.is_intact(late)) {
+                // The sender of what was copied is about to be dropped: whatever else was there is sent again.
+                self.interrupt(stream.peer, Some(stream.index));
+                into.clear();
+                return false;
+            }
+            self.advance(&mut load, &pieces, count);
+        }
+        !into.is_empty()
     }
 
-    /// Gives turns to those that waited for a link.
-    fn let_go_on(&mut self, peer: u32) {
-        for (at, qpn) in self.links.outbox(peer).take_waiting() {
+    /// The same, where payload stays in place: the load is then listed and written, bit by bit.
+    pub fn load_packets(&mut self, stream: Stream, load: &mut Load) -> bool {
+        if load.is_empty() {
+            self.tell();
+            self.links.outbox(stream).take(load);
+            self.let_go_on(stream);
+        }
+        !load.is_empty()
+    }
+
+    /// So many bytes of what was listed were written. False: memory that a packet in the middle of being written comes
+    /// from could not be read, and the stream must not go on.
+    pub fn advance(&mut self, load: &mut Load, pieces: &Pieces, count: usize) -> bool {
+        load.advance(pieces, count).is_none_or(|late| self.is_intact(&late))
+    }
+
+    /// Whether the client whose payload that is has all of its memory.
+    fn is_intact(&self, late: &Late) -> bool {
+        let qp = self.qps.get(late.qp).and_then(Option::as_ref);
+        let client = qp.and_then(|qp| self.clients[qp.owner].as_ref());
+        client.is_none_or(|client| client.memory.is_intact())
+    }
+
+    /// Lists the pieces of memory that are to be written to a socket next. They hold until something changes this
+    /// fabric; before that, [`Self::advance`] must be told how much was written.
+    pub fn list(&mut self, load: &mut Load, pieces: &mut Pieces) {
+        load.list(pieces, |late, tell| {
+            let qp = self.qps.get_mut(late.qp).and_then(Option::as_mut).filter(|qp| qp.qpn == late.qpn);
+            let Some(qp) = qp else { return false };
+            let Some(client) = self.clients[qp.owner].as_ref() else { return false };
+            let Some(far) = qp.far.as_mut() else { return false };
+            let located = far.initiator.locate(&mut qp.requester, &client.memory, late, tell);
+            if located == Located::Gone {
+                self.schedule.enqueue(late.qp);
+            }
+            located == Located::Here
+        });
+    }
+
+    /// Gives turns to those that waited for a stream.
+    fn let_go_on(&mut self, stream: Stream) {
+        for (at, qpn) in self.links.outbox(stream).take_waiting() {
             if self.qps.get(at).is_some_and(|qp| qp.as_ref().is_some_and(|qp| qp.qpn == qpn)) {
                 self.stop_waiting(at);
                 self.schedule.enqueue(at);
@@ -185,7 +378,15 @@ impl<M: Memory> Fabric<M> {
         self.stop_waiting(at);
         if let Some(qp) = self.qps[at].as_mut() {
             let _ = qp.requester.resume();
-            qp.far = Some(Box::new(Far { peer, path, initiator, target, owing: false, shadow: None }));
+            qp.far = Some(Box::new(Far {
+                peer,
+                spread: spread(&path),
+                path,
+                initiator,
+                target,
+                owing: false,
+                shadow: None,
+            }));
         }
         self.attach_shadow(at);
         self.schedule.enqueue(at);
@@ -204,9 +405,9 @@ impl<M: Memory> Fabric<M> {
     /// The connection ends; what the peer is owed is told before.
     pub(super) fn disconnect_far(&mut self, at: usize) {
         let Some(mut far) = self.qps[at].as_mut().and_then(|qp| qp.far.take()) else { return };
-        let outbox = self.links.outbox(far.peer);
-        if far.target.owes() && far.target.tell(&far.path, outbox, true) {
-            self.links.call(far.peer);
+        let stream = far.stream(&mut self.links);
+        if far.target.owes() && far.target.tell(&far.path, self.links.outbox(stream), true) {
+            self.links.call(stream);
         }
         if let Some(shadow) = far.shadow.take() {
             self.bury_shadow(at, *shadow);
@@ -298,13 +499,19 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
+    /// The stream that a QP's packets take.
+    pub(super) fn stream_of(&mut self, at: usize) -> Option<Stream> {
+        let far = self.qps[at].as_ref()?.far.as_ref()?;
+        Some(far.stream(&mut self.links))
+    }
+
     /// Lets a QP wait for its link.
     pub(super) fn await_room(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_ref() else { return };
-        let Some(peer) = qp.far.as_ref().map(|far| far.peer) else { return };
         let qpn = qp.qpn;
-        self.links.outbox(peer).wait(at, qpn);
-        self.links.call(peer);
+        let Some(stream) = qp.far.as_ref().map(|far| far.stream(&mut self.links)) else { return };
+        self.links.outbox(stream).wait(at, qpn);
+        self.links.call(stream);
     }
 
     /// Sends what can be sent, and completes what was answered. True: there is more.
@@ -332,10 +539,11 @@ impl<M: Memory> Fabric<M> {
                 }
             }
         }
-        if let Some(far) = self.qps[at].as_ref().and_then(|qp| qp.far.as_ref())
-            && self.links.outboxes.get(far.peer as usize).is_some_and(Outbox::has_bytes)
-        {
-            self.links.calls.insert(far.peer);
+        if let Some(far) = self.qps[at].as_ref().and_then(|qp| qp.far.as_ref()) {
+            let stream = far.stream(&mut self.links);
+            if self.links.outbox(stream).has_bytes() {
+                self.links.call(stream);
+            }
         }
         if !self.reap(at) {
             return false;
@@ -361,22 +569,28 @@ impl<M: Memory> Fabric<M> {
     }
 
     fn emit(&mut self, at: usize, now: u64) -> Emit {
+        let Some(qp) = self.qps[at].as_ref() else { return Emit::Idle };
+        let Some(far) = qp.far.as_ref() else { return Emit::Idle };
+        let goes_here = far.shadow.is_none() || far.initiator.is_next(&qp.requester);
+        let takes_new = qp.state == QpState::Rts && goes_here;
+        self.emit_now(at, (takes_new, now))
+    }
+
+    fn emit_now(&mut self, at: usize, when: (bool, u64)) -> Emit {
         let Some(qp) = self.qps[at].as_mut() else { return Emit::Idle };
         let Some(client) = self.clients[qp.owner].as_ref() else { return Emit::Idle };
         let Some(far) = qp.far.as_mut() else { return Emit::Idle };
-        let outbox = self.links.outbox(far.peer);
-        let goes_here = far.shadow.is_none() || far.initiator.is_next(&qp.requester);
-        let takes_new = qp.state == QpState::Rts && goes_here;
-        far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, (takes_new, now))
+        let stream = far.stream(&mut self.links);
+        let outbox = self.links.outbox(stream);
+        let emit = far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, when, at);
+        let repeated = far.initiator.take_repeated();
+        self.links.link(stream.peer).figures.repeated += repeated;
+        emit
     }
 
     /// Begins the next work request of a QP whose others a NIC carries.
     pub(super) fn emit_one(&mut self, at: usize, now: u64) -> Emit {
-        let Some(qp) = self.qps[at].as_mut() else { return Emit::Idle };
-        let Some(client) = self.clients[qp.owner].as_ref() else { return Emit::Idle };
-        let Some(far) = qp.far.as_mut() else { return Emit::Idle };
-        let outbox = self.links.outbox(far.peer);
-        far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, (true, now))
+        self.emit_now(at, (true, now))
     }
 
     /// Completes what was answered. False: the QP has failed.
@@ -411,8 +625,9 @@ impl<M: Memory> Fabric<M> {
         owing.retain(|(at, qpn)| {
             let qp = self.qps.get_mut(*at).and_then(Option::as_mut).filter(|qp| qp.qpn == *qpn);
             let Some(far) = qp.and_then(|qp| qp.far.as_mut()) else { return false };
-            far.owing = !far.target.tell(&far.path, self.links.outbox(far.peer), false);
-            self.links.calls.insert(far.peer);
+            let stream = far.stream(&mut self.links);
+            far.owing = !far.target.tell(&far.path, self.links.outbox(stream), false);
+            self.links.call(stream);
             far.owing
         });
         self.links.owing = owing;
@@ -449,7 +664,8 @@ impl<M: Memory> Fabric<M> {
     ) -> Result<(), Attempt> {
         let Some(qp) = self.qps[at].as_mut() else { return Ok(()) };
         let Some(client) = self.clients[qp.owner].as_ref() else { return Ok(()) };
-        let outbox = self.links.outbox(peer);
+        let stream = self.links.stream(peer, qp.qpn.wrapping_mul(0x9e37_79b9) >> 16);
+        let outbox = self.links.outbox(stream);
         if !outbox.has_room() && outbox.condition != Condition::Down {
             let until = match patience {
                 Patience::Endless => None,
@@ -458,7 +674,7 @@ impl<M: Memory> Fabric<M> {
                 Patience::For(ns) => Some(self.now + ns),
             };
             outbox.wait(at, qp.qpn);
-            self.links.call(peer);
+            self.links.call(stream);
             return Err(Attempt::Wait(until));
         }
         let sgid_index = usize::from(qp.requester.address().sgid_index);
@@ -477,8 +693,15 @@ impl<M: Memory> Fabric<M> {
             header.operands = [u64::from(to.flow_label), route];
             outbox.push_with(&header, fill)
         });
-        self.links.call(peer);
+        self.links.call(stream);
         shipped
+    }
+}
+
+impl Far {
+    /// The stream that its packets take.
+    pub(super) fn stream(&self, links: &mut Links) -> Stream {
+        links.stream(self.peer, self.spread)
     }
 }
 

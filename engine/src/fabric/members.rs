@@ -12,7 +12,11 @@ use verbs_abi::{
     verbs::Opcode,
 };
 
-use super::{Fabric, far::Patience, schedule::WORK};
+use super::{
+    Fabric,
+    far::{Patience, Stream},
+    schedule::WORK,
+};
 use crate::{
     Attempt, Memory,
     wire::{
@@ -105,16 +109,17 @@ impl<M: Memory> Fabric<M> {
             let told = self.tell_member(peer, tenant, group, if joined { JOINED } else { LEFT });
             // Who has no link is told when there is one. That there is nobody any more can wait for it.
             if joined || told {
-                self.links.call(peer);
+                self.links.call(Stream::first(peer));
             }
         }
     }
 
     /// False: there is no link, or its other end has no such tenant.
     fn tell_member(&mut self, peer: u32, tenant: u32, group: &Gid, code: u8) -> bool {
-        let outbox = self.links.outbox(peer);
+        let has_tenant = self.links.has_tenant(peer, tenant);
+        let outbox = self.links.outbox(Stream::first(peer));
         let path = Path { tenant, source_qpn: 0, target_qpn: 0, sgid: [0; 16], dgid: *group };
-        let tells = outbox.is_up() && outbox.has_tenant(tenant);
+        let tells = outbox.is_up() && has_tenant;
         if tells {
             outbox.push(&Header::new(Kind::Member, code, &path, 0, 0));
         }
@@ -127,7 +132,7 @@ impl<M: Memory> Fabric<M> {
         let groups: Vec<(u32, Gid)> = self.groups.all().take(MAX_TOLD).collect();
         for (tenant, group) in groups {
             if self.tell_member(peer, tenant, &group, JOINED) {
-                self.links.call(peer);
+                self.links.call(Stream::first(peer));
             }
         }
     }
@@ -140,8 +145,8 @@ impl<M: Memory> Fabric<M> {
         let servers = own.iter().filter_map(|tenant| self.elsewhere.servers.get(tenant)).flatten();
         let servers: BTreeSet<u32> = servers.copied().collect();
         for peer in servers {
-            if !self.links.outbox(peer).is_up() {
-                self.links.call(peer);
+            if !self.links.outbox(Stream::first(peer)).is_up() {
+                self.links.call(Stream::first(peer));
             }
         }
     }

@@ -42,8 +42,8 @@ use crate::{Bell, CompletionQueue, Memory, Requester, Responder, pace::Pace};
 
 use access::{Accesses, Counts};
 pub use control::{Control, Controls, MAX_WORDS};
-pub use far::Routing;
 use far::{Far, Links};
+pub use far::{LinkFigures, Routing, Stream};
 use groups::Groups;
 use members::Elsewhere;
 pub use modify::ATTR_LIMITS;

@@ -83,7 +83,11 @@ impl<M: Memory> Fabric<M> {
                 }
                 self.order(Order::Open(id, init));
             }
-            None if self.nics.is_usable => self.links.call(peer),
+            None if self.nics.is_usable => {
+                if let Some(stream) = self.stream_of(at) {
+                    self.links.call(stream);
+                }
+            }
             _ => self.drop_shadow(at),
         }
     }
@@ -109,9 +113,9 @@ impl<M: Memory> Fabric<M> {
         let Some(shadow) = &far.shadow else { return };
         let to = shadow.theirs.map_or(0, |(number, _)| number);
         let header = word.encode(&far.path, shadow.id, to);
-        let peer = far.peer;
-        self.links.outbox(peer).push(&header);
-        self.links.call(peer);
+        let Some(stream) = self.stream_of(at) else { return };
+        self.links.outbox(stream).push(&header);
+        self.links.call(stream);
     }
 
     /// A word of the peer's router about the pair.
@@ -121,9 +125,10 @@ impl<M: Memory> Fabric<M> {
             if matches!(word, Word::Offer { .. })
                 && let Some(far) = self.far_mut(at)
             {
-                let (answer, peer) = (Word::Decline.encode(&far.path, 0, from), far.peer);
-                self.links.outbox(peer).push(&answer);
-                self.links.call(peer);
+                let answer = Word::Decline.encode(&far.path, 0, from);
+                let Some(stream) = self.stream_of(at) else { return };
+                self.links.outbox(stream).push(&answer);
+                self.links.call(stream);
             }
             return;
         };

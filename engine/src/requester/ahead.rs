@@ -13,7 +13,8 @@ use crate::{
     responder::Reply,
     retry::Retry,
     stage::Stage,
-    transfer::{Broken, Side, append, transfer},
+    transfer::{Broken, Side, append, locate, transfer},
+    wire::Piece,
 };
 
 /// Why a piece of a work request was not moved.
@@ -80,6 +81,20 @@ impl Requester {
         self.with(wqe, |requester| {
             requester.check(local).map_err(Obstacle::Fault)?;
             Ok(append(requester.payload(local), at, len, stage, into)?)
+        })
+    }
+
+    /// Says where `len` bytes of its payload from `at` on are. False: not all are mapped, or they are in the queue.
+    pub(crate) fn locate<M: Memory>(
+        &mut self,
+        local: &M,
+        wqe: &mut Box<SendWqe>,
+        (at, len): (u64, u64),
+        tell: &mut dyn FnMut(Piece),
+    ) -> Result<bool, WcStatus> {
+        self.with(wqe, |requester| {
+            requester.check(local)?;
+            Ok(requester.wqe.inline().is_none() && locate(requester.payload(local), at, len, tell))
         })
     }
 

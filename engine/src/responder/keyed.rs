@@ -69,6 +69,13 @@ impl Responder {
         }
     }
 
+    /// What a WRITE may write to.
+    pub(super) fn written<M: Memory>(&self, memory: &M, request: &Request<'_, M>) -> Option<Span> {
+        let need = AccessFlags::REMOTE_WRITE;
+        let allowed = self.access.contains(need);
+        if allowed { self.reachable(memory, request, request.len, need) } else { None }
+    }
+
     pub(super) fn write<M: Memory>(
         &mut self,
         memory: &M,

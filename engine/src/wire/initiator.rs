@@ -11,7 +11,7 @@ use verbs_abi::{
 };
 
 use super::{
-    Path, SEGMENT, WINDOW,
+    LATE, Late, Path, Piece, SEGMENT, TAIL, WINDOW,
     outbox::{Condition, Outbox},
     packet::{ANNOUNCES, Header, Kind, SOLICITED},
 };
@@ -45,6 +45,8 @@ pub(crate) struct Initiator {
     sent: u64,
     /// Everything below was executed by the peer.
     acked: u64,
+    /// Packets that were sent more than once.
+    repeated: u64,
     /// One packet at a time, until it is known where the peer stands.
     probing: bool,
     /// Something is to be sent and there is no link: silence, too.
@@ -89,6 +91,11 @@ impl Sent {
         self.opcode.writes_locally()
     }
 
+    /// Whether it waits for this answer.
+    fn awaits(&self, answer: &Header) -> bool {
+        self.first == answer.psn && self.responds() && !self.stored && self.failed.is_none()
+    }
+
     fn is_done(&self, acked: u64) -> bool {
         self.failed.is_none()
             && if self.responds() { self.stored } else { self.packets > 0 && self.end() <= acked }
@@ -117,6 +124,17 @@ pub(crate) enum Reaped {
     Well,
     /// A work request completed with an error; the QP fails.
     Failed,
+}
+
+/// What was found out about payload that is to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Located {
+    /// It is where it was told.
+    Here,
+    /// Nobody waits for this packet any more.
+    Past,
+    /// Its memory is not what it was: the QP has something to do about it.
+    Gone,
 }
 
 /// What became of an answer.
@@ -158,7 +176,9 @@ impl Initiator {
 
     /// Whether the peer owes an answer.
     fn is_outstanding(&self) -> bool {
-        let asked = |front: &Sent| front.failed.is_none() && (self.sent > front.first || self.held_up);
+        // Who only waits for its turn to send on is owed nothing.
+        let owed = |front: &Sent| self.sent > if front.responds() { front.first } else { self.acked };
+        let asked = |front: &Sent| front.failed.is_none() && (owed(front) || self.held_up);
         self.flight.front().is_some_and(asked) && !self.reply_stage.in_flight()
     }
 
@@ -210,6 +230,7 @@ impl Initiator {
         path: &Path,
         outbox: &mut Outbox,
         (takes_new, now): (bool, u64),
+        qp: usize,
     ) -> Emit {
         if requester.retry().pause(now).is_some() || self.send_stage.in_flight() {
             return Emit::Idle;
@@ -249,6 +270,12 @@ impl Initiator {
             self.send_stage.clear();
         }
         let stage = &mut self.send_stage;
+        let stays = reliable && len >= LATE;
+        if stays && requester.locate(local, &mut sent.wqe, (at, len), &mut |_| ()) == Ok(true) {
+            outbox.push_late(&header, qp);
+            self.emitted(requester, true, now);
+            return Emit::Sent(len);
+        }
         let packed = outbox.push_with(&header, |into| match len {
             0 => requester.inspect(local, &mut sent.wqe).map(drop).map_err(Obstacle::Fault),
             _ => requester.export(local, &mut sent.wqe, (at, len), stage, into),
@@ -259,15 +286,59 @@ impl Initiator {
                 sent.failed = Some(status);
                 return Emit::Idle;
             }
-            Ok(()) => self.cursor += 1,
+            Ok(()) => self.emitted(requester, reliable, now),
         }
+        Emit::Sent(len)
+    }
+
+    /// The packet at the cursor is in the outbox.
+    fn emitted(&mut self, requester: &mut Requester, reliable: bool, now: u64) {
+        self.repeated += u64::from(self.cursor < self.sent);
+        self.cursor += 1;
         self.held_up = false;
         self.sent = self.sent.max(self.cursor);
         if !reliable {
             self.acked = self.cursor;
         }
         self.start_clock(requester, now);
-        Emit::Sent(len)
+    }
+
+    /// Says where the payload of a packet is that is being sent now. False: it is not to be sent any more, or not
+    /// like this; in that case it is sent again, or its work request fails.
+    pub(crate) fn locate<M: Memory>(
+        &mut self,
+        requester: &mut Requester,
+        local: &M,
+        late: &Late,
+        tell: &mut dyn FnMut(Piece),
+    ) -> Located {
+        // What was executed, or fails, may be in the application's hands again.
+        if late.life != self.stream || late.psn < self.acked {
+            return Located::Past;
+        }
+        let at = self.flight.partition_point(|sent| sent.end() <= late.psn);
+        let Some(sent) =
+            self.flight.get_mut(at).filter(|sent| sent.first <= late.psn && sent.failed.is_none())
+        else {
+            return Located::Past;
+        };
+        let offset = (late.psn - sent.first) * SEGMENT;
+        match requester.locate(local, &mut sent.wqe, (offset, late.len as u64), tell) {
+            Ok(true) => Located::Here,
+            Ok(false) => {
+                self.rewind();
+                Located::Gone
+            }
+            Err(status) => {
+                sent.failed = Some(status);
+                Located::Gone
+            }
+        }
+    }
+
+    /// Packets that were sent more than once, since this was asked last.
+    pub(crate) fn take_repeated(&mut self) -> u64 {
+        std::mem::take(&mut self.repeated)
     }
 
     /// The first packet that waits for an answer starts the clock.
@@ -493,10 +564,7 @@ impl Initiator {
         header: &Header,
         payload: &[u8],
     ) -> Place {
-        let awaited = |sent: &&mut Sent| {
-            sent.first == header.psn && sent.responds() && !sent.stored && sent.failed.is_none()
-        };
-        let Some(sent) = self.flight.iter_mut().find(awaited) else { return Place::Done };
+        let Some(sent) = self.flight.iter_mut().find(|sent| sent.awaits(header)) else { return Place::Done };
         let word = header.operands[0].to_ne_bytes();
         let is_read = sent.opcode == Opcode::Read;
         let (at, bytes) = match header.kind {
@@ -521,6 +589,37 @@ impl Initiator {
         self.probing = false;
         requester.retry().begin();
         Place::Done
+    }
+
+    /// Says where the data of a READ belongs that is the next to come, but for the tail. False: it must come whole.
+    pub(crate) fn locate_answer<M: Memory>(
+        &mut self,
+        requester: &mut Requester,
+        local: &M,
+        header: &Header,
+        tell: &mut dyn FnMut(Piece),
+    ) -> bool {
+        let ready = self.kept.is_empty() && !self.reply_stage.in_flight() && header.psn < self.sent;
+        let stream = self.stream;
+        let Some(sent) = self.awaited(header).filter(|_| ready && header.stream == stream) else {
+            return false;
+        };
+        let (at, before) = (u64::from(header.offset), u64::from(header.len) - TAIL as u64);
+        let fits = at == sent.received && at + u64::from(header.len) <= sent.len;
+        fits && sent.opcode == Opcode::Read
+            && requester.locate(local, &mut sent.wqe, (at, before), tell) == Ok(true)
+    }
+
+    /// So many bytes of the data in front of this are in place.
+    pub(crate) fn skip(&mut self, header: &Header, bytes: u32) {
+        if let Some(sent) = self.awaited(header) {
+            sent.received += u64::from(bytes);
+        }
+    }
+
+    /// The work request that an answer belongs to, if it waits for one.
+    fn awaited(&mut self, header: &Header) -> Option<&mut Sent> {
+        self.flight.iter_mut().find(|sent| sent.awaits(header))
     }
 
     /// The stage of payload to be sent.

@@ -14,16 +14,25 @@
 //! Leaves to others: bytes on a socket and who the peers are (the host), turns and timers (`fabric`).
 
 mod initiator;
+mod load;
 mod outbox;
 pub mod packet;
 mod target;
 
-pub(crate) use initiator::{Emit, Initiator, Place, Reaped};
+pub(crate) use initiator::{Emit, Initiator, Located, Place, Reaped};
+pub(crate) use load::Late;
+pub use load::{Load, Piece, Pieces};
 pub(crate) use outbox::{Condition, Outbox};
 pub(crate) use target::{Outcome, Target};
 
 /// Payload of one packet, bytes: what one turn moves.
 pub const SEGMENT: u64 = if cfg!(fuzzing) { 512 } else { 32 * 1024 };
+/// Payload of at least so many bytes is not copied on its way: it stays where it is until the socket takes it, and is
+/// read from the socket to where it belongs. Less is as quickly copied.
+pub const LATE: u64 = if cfg!(fuzzing) { 64 } else { 4096 };
+/// The last bytes of payload that is read to where it belongs: programs look at them to see that all is there, so they
+/// come last, when all has been checked.
+pub const TAIL: usize = 8;
 /// Packets of a QP that may be unacknowledged.
 const WINDOW: u64 = 64;
 

@@ -1,8 +1,11 @@
-//! What waits to go over one link.
+//! What waits to go over one stream of a link.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 
-use super::packet::Header;
+use super::{
+    load::{Late, Load},
+    packet::{HEADER, Header},
+};
 
 /// Bytes that may wait before a QP must: two of these (one here, one being written) are what a QP that has just woken
 /// waits behind.
@@ -22,29 +25,35 @@ pub(crate) enum Condition {
     Down,
 }
 
-/// The outbox of one link.
+/// The outbox of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     bytes: Vec<u8>,
+    /// Packets among them whose payload is read when they are sent.
+    late: VecDeque<Late>,
+    /// Bytes of that payload.
+    late_bytes: usize,
     pub(crate) condition: Condition,
     /// QPs that wait for room, by index and number.
     waiting: VecDeque<(usize, u32)>,
     among_waiting: HashSet<(usize, u32)>,
-    /// Tenants that both ends have: the peer's number, and ours.
-    tenants: HashMap<u32, u32>,
     /// Since when a datagram to a group finds no room, unless something was taken in between.
     stuck_since: Option<u64>,
 }
 
 impl Outbox {
+    fn len(&self) -> usize {
+        self.bytes.len() + self.late_bytes
+    }
+
     /// Whether a QP may add a packet with payload.
     pub(crate) fn has_room(&self) -> bool {
-        self.condition == Condition::Up && self.bytes.len() < ROOM
+        self.condition == Condition::Up && self.len() < ROOM
     }
 
     /// Whether a packet without payload may be added.
     pub(crate) fn has_reply_room(&self) -> bool {
-        self.condition == Condition::Up && self.bytes.len() < REPLY_ROOM
+        self.condition == Condition::Up && self.len() < REPLY_ROOM
     }
 
     /// Whether the link is there.
@@ -79,6 +88,18 @@ impl Outbox {
         filled
     }
 
+    /// Adds a packet of the QP at `qp` whose payload stays where it is until it is sent.
+    pub(crate) fn push_late(&mut self, header: &Header, qp: usize) {
+        if self.condition == Condition::Up {
+            self.bytes.extend_from_slice(&header.encode());
+            let (qpn, len) = (header.path.source_qpn, header.len as usize);
+            let (end, psn, life) = (self.bytes.len(), header.psn, header.stream);
+            debug_assert!(end >= HEADER);
+            self.late.push_back(Late { end, qp, qpn, psn, life, len, pieces: 0 });
+            self.late_bytes += len;
+        }
+    }
+
     /// Lets a QP wait for room.
     pub(crate) fn wait(&mut self, at: usize, qpn: u32) {
         if self.among_waiting.insert((at, qpn)) {
@@ -92,13 +113,13 @@ impl Outbox {
         std::mem::take(&mut self.waiting)
     }
 
-    /// Swaps what waits for an empty buffer. False: nothing waits.
-    pub(crate) fn take(&mut self, into: &mut Vec<u8>) -> bool {
-        into.clear();
-        std::mem::swap(&mut self.bytes, into);
-        if !into.is_empty() {
+    /// Swaps what waits for a load that is done with. False: nothing waits.
+    pub(crate) fn take(&mut self, into: &mut Load) -> bool {
+        self.late_bytes = 0;
+        if !self.bytes.is_empty() {
             self.stuck_since = None;
         }
+        into.refill(&mut self.bytes, &mut self.late);
         !into.is_empty()
     }
 
@@ -107,26 +128,17 @@ impl Outbox {
         !self.bytes.is_empty()
     }
 
-    /// The link is new: nothing of an earlier one goes over it.
-    pub(crate) fn open(&mut self, tenants: HashMap<u32, u32>) {
-        self.bytes.clear();
+    /// The stream is new: nothing of an earlier one goes over it.
+    pub(crate) fn open(&mut self) {
         self.stuck_since = None;
-        (self.condition, self.tenants) = (Condition::Up, tenants);
+        self.close(Condition::Up);
     }
 
-    /// The link is gone.
+    /// The stream is gone.
     pub(crate) fn close(&mut self, condition: Condition) {
         self.bytes.clear();
+        self.late.clear();
+        self.late_bytes = 0;
         self.condition = condition;
-    }
-
-    /// Whether the peer has a tenant of ours.
-    pub(crate) fn has_tenant(&self, ours: u32) -> bool {
-        self.tenants.values().any(|tenant| *tenant == ours)
-    }
-
-    /// Our number of a tenant of the peer's.
-    pub(crate) fn tenant(&self, theirs: u32) -> Option<u32> {
-        self.tenants.get(&theirs).copied()
     }
 }

@@ -17,7 +17,7 @@ use super::{Path, SEGMENT};
 use crate::{MAX_DATAGRAM, MAX_MESSAGE};
 
 /// Version of this format and of the rules around it.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Bytes of a header.
 pub const HEADER: usize = 104;
 /// Bytes of the longest packet.
@@ -55,9 +55,13 @@ pub(crate) enum Kind {
     Shadow,
     /// Whether the sender has members in a group.
     Member,
+    /// Is anybody there? The first operand is the sender's time, the immediate data the stream's index.
+    Ping,
+    /// The answer to that, with the same words.
+    Pong,
 }
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 14] = [
     Kind::Request,
     Kind::Datagram,
     Kind::Ack,
@@ -70,6 +74,8 @@ const KINDS: [Kind; 12] = [
     Kind::Control,
     Kind::Shadow,
     Kind::Member,
+    Kind::Ping,
+    Kind::Pong,
 ];
 
 /// A packet that cannot be: its sender speaks another language.

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use verbs_abi::verbs::{EventType, Opcode, QpType, WcStatus};
 
 use super::{
-    Path, SEGMENT,
+    Path, Piece, SEGMENT, TAIL,
     outbox::Outbox,
     packet::{ANNOUNCES, Header, Kind, SOLICITED},
 };
@@ -148,6 +148,36 @@ impl Target {
             return self.admit_again(header);
         }
         false
+    }
+
+    /// Whether a packet is the next one, and would be executed at once.
+    pub(crate) fn expects(&self, header: &Header) -> bool {
+        self.stream.is_none_or(|stream| stream == header.stream)
+            && header.psn == self.accepting
+            && header.psn == self.expected
+            && self.waiting.is_empty()
+            && !self.stage.in_flight()
+    }
+
+    /// Says where its payload belongs but for the tail. False: it must come whole.
+    pub(crate) fn locate<M: Memory>(
+        &self,
+        responder: &mut Responder,
+        memory: &M,
+        header: &Header,
+        tell: &mut dyn FnMut(Piece),
+    ) -> bool {
+        let Ok(opcode) = Opcode::try_from(u32::from(header.code)) else { return false };
+        let before = u64::from(header.len) - TAIL as u64;
+        responder.locate(memory, &request(header, opcode, &[]), before, tell)
+    }
+
+    /// The next packet came, but its payload is lost.
+    pub(crate) fn miss(&mut self, header: &Header) {
+        if self.expects(header) {
+            self.stream = Some(header.stream);
+            (self.owed.gap, self.told_gap) = (true, true);
+        }
     }
 
     /// What is not the next packet belongs to a message of which something is missing.

@@ -70,7 +70,15 @@ fn trace(status: &Status, tenant: &str, address: IpAddr, lines: &mut Vec<String>
         lines.push("that is this router: nobody here has opened a device at that address yet".to_owned());
         return false;
     };
-    lines.push(format!("link: {}, {} connections so far", link.state, link.connections));
+    let made =
+        format!("{} connections so far, {} packets sent again", link.connections, link.retransmissions);
+    if let Some(round_trip) = link.round_trip_us {
+        lines.push(format!("link: up, {} streams, {made}", link.streams));
+        lines.push(format!("router: {} answers over the link after {round_trip:.0} us", link.address));
+        lines.push("path: the TCP link".to_owned());
+        return true;
+    }
+    lines.push(format!("link: {}, {made}", link.state));
     answers(&link.address, lines)
 }
 
@@ -136,10 +144,22 @@ mod tests {
             Client { tenant: "blue".to_owned(), addresses: vec!["10.1.0.1".to_owned()], ..Client::default() };
         // Port 1 of this host: nobody listens there.
         let link = Link { router: "b".to_owned(), address: "127.0.0.1:1".to_owned(), ..Link::default() };
+        let live = Link {
+            router: "c".to_owned(),
+            streams: 4,
+            round_trip_us: Some(31.4),
+            state: "up".to_owned(),
+            ..Link::default()
+        };
         Status {
             clients: vec![own],
-            routes: vec![route("10.0.0.0/8", "a"), route("10.2.0.0/16", "b"), route("10.4.0.1/32", "c")],
-            links: vec![link],
+            routes: vec![
+                route("10.0.0.0/8", "a"),
+                route("10.2.0.0/16", "b"),
+                route("10.4.0.1/32", "d"),
+                route("10.5.0.0/16", "c"),
+            ],
+            links: vec![link, live],
             directory: Directory { name: "a".to_owned(), ..Directory::default() },
             ..Status::default()
         }
@@ -150,8 +170,9 @@ mod tests {
         for (address, reached, word) in [
             ("10.1.0.1", true, "shared memory"),
             ("10.2.0.1", false, "127.0.0.1:1 does not answer"),
+            ("10.5.0.1", true, "path: the TCP link"),
             ("10.3.0.1", false, "that is this router"),
-            ("10.4.0.1", false, "c is not in the directory now"),
+            ("10.4.0.1", false, "d is not in the directory now"),
             ("11.0.0.1", false, "no route"),
         ] {
             let mut lines = Vec::new();

@@ -126,7 +126,18 @@ fn text(status: &Status) -> String {
     let listeners = listeners.map(|l| vec![l.pid.to_string(), l.space.clone(), l.address.clone()]).collect();
     table(&mut text, "rdma_cm listeners", &["PID", "SPACE", "ADDRESS"], listeners);
     let links = status.links.iter().map(link_row).collect();
-    let columns = ["ROUTER", "ADDRESS", "STATE", "TX BYTES", "RX BYTES", "CONNECTIONS", "RNIC"];
+    let columns = [
+        "ROUTER",
+        "ADDRESS",
+        "STATE",
+        "STREAMS",
+        "RTT",
+        "TX BYTES",
+        "RX BYTES",
+        "RETRANSMITS",
+        "CONNECTIONS",
+        "RNIC",
+    ];
     table(&mut text, "links", &columns, links);
     directory(&mut text, &status.directory);
     rnic(&mut text, &status.rnic);
@@ -153,8 +164,11 @@ fn link_row(link: &Link) -> Vec<String> {
         printable(&link.router),
         link.address.clone(),
         link.state.clone(),
+        link.streams.to_string(),
+        link.round_trip_us.map_or_else(|| "-".to_owned(), |us| format!("{us:.0} us")),
         size(link.tx_bytes),
         size(link.rx_bytes),
+        link.retransmissions.to_string(),
         link.connections.to_string(),
         if link.rnic { "yes" } else { "no" }.to_owned(),
     ]

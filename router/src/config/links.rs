@@ -7,6 +7,14 @@ use std::{
 
 use serde::Deserialize;
 
+/// TCP connections that a link may have.
+const MAX_STREAMS: u32 = 16;
+
+/// Those that it has where nothing is said.
+fn streams() -> u32 {
+    4
+}
+
 /// How this router talks to those of other hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,6 +27,9 @@ pub struct Links {
     pub address: Option<SocketAddr>,
     /// How the ends make sure of each other.
     pub security: Security,
+    /// TCP connections to each router, 1 to 16; the end that wants fewer gets its way. A QP keeps to one of them.
+    #[serde(default = "streams")]
+    pub streams: u32,
     /// With TLS: the certificate of the authority that signs those of routers.
     pub authority: Option<PathBuf>,
     /// With TLS: this router's certificate, for its name.
@@ -42,6 +53,9 @@ impl Links {
     pub(super) fn fault(&self) -> Option<String> {
         if !is_name(&self.name) {
             return Some(format!("links.name = {:?} is no name; use letters, digits, - . _", self.name));
+        }
+        if !(1..=MAX_STREAMS).contains(&self.streams) {
+            return Some(format!("links.streams = {}; 1 to {MAX_STREAMS} are possible", self.streams));
         }
         let told = [("listen", Some(self.listen)), ("address", self.address)];
         for (word, address) in told.into_iter().filter_map(|(word, address)| Some((word, address?))) {

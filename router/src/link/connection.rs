@@ -14,10 +14,21 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with, sockopt},
 };
 
-use super::writer::Writer;
+use engine::{
+    Stream,
+    wire::{
+        Piece, TAIL,
+        packet::{self, BadPacket, HEADER},
+    },
+};
+
+use super::{scatter, writer::Writer};
+use crate::lane::{self, RouterFabric};
 
 /// Bytes that are read at a time.
 const INPUT: usize = 256 * 1024;
+/// Reads with the fabric locked, before others have it.
+const ROUNDS: u32 = 8;
 /// How long what was sent may stay unacknowledged by the peer's kernel before the peer counts as gone.
 const SILENCE: Duration = Duration::from_secs(10);
 
@@ -40,15 +51,34 @@ pub(super) struct Connection {
     /// Whether TLS says who is at the other end.
     pub(super) is_secure: bool,
     pub(super) stage: Stage,
-    /// The peer, once it is known.
-    pub(super) peer: Option<u32>,
+    /// The router there and which stream of the link this is, once it is known.
+    pub(super) peer: Option<Stream>,
     /// Whether this router made it.
     pub(super) dialed: bool,
     pub(super) since: Instant,
     input: Vec<u8>,
     filled: usize,
+    /// The packet whose payload is being read to where it belongs.
+    placing: Option<Placing>,
+    /// Whether that is done at all: not once memory could not be had.
+    places: bool,
+    /// The packet before was one whose payload was read in place: the next one may be, too.
+    expects_long: bool,
     /// Whether it is waited for that it takes more.
     pub(super) waits_for_room: bool,
+}
+
+/// A packet whose payload is being read to where it belongs.
+#[derive(Debug)]
+struct Placing {
+    header: [u8; HEADER],
+    /// Bytes of payload in front of the tail.
+    body: usize,
+    /// Where they belong, as was told when the header had come. Empty: nowhere any more, and the packet is lost.
+    places: Vec<(usize, usize)>,
+    /// Bytes of payload that have come, the tail included.
+    done: usize,
+    tail: [u8; TAIL],
 }
 
 /// What a read brought.
@@ -63,7 +93,7 @@ pub(super) enum Read {
 impl Connection {
     /// Begins to connect.
     pub(super) fn dial(
-        peer: u32,
+        peer: Stream,
         address: SocketAddr,
         hello: Vec<u8>,
         tls: Option<rustls::Connection>,
@@ -114,6 +144,9 @@ impl Connection {
             since: Instant::now(),
             input: vec![0; INPUT],
             filled: 0,
+            placing: None,
+            places: !is_secure,
+            expects_long: false,
             waits_for_room: false,
         })
     }
@@ -130,7 +163,7 @@ impl Connection {
         self.stream.peer_addr().ok()
     }
 
-    /// Reads what has come.
+    /// Reads what has come, to be looked at: greetings, and all that goes through TLS.
     pub(super) fn read(&mut self) -> io::Result<Read> {
         if self.is_secure {
             let read = self.writer.lock().read_tls(&mut self.input[self.filled..])?;
@@ -138,15 +171,134 @@ impl Connection {
             return Ok(if read.is_some() { Read::More } else { Read::Dry });
         }
         let room = self.input.len() - self.filled;
-        match rustix::io::read(&self.stream, &mut self.input[self.filled..]) {
-            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                self.filled += count;
-                Ok(if count == room { Read::More } else { Read::Dry })
+        let count = received(rustix::io::read(&self.stream, &mut self.input[self.filled..]))?;
+        self.filled += count;
+        Ok(if count == room { Read::More } else { Read::Dry })
+    }
+
+    /// Gives the packets that have come to the fabric, and reads more of them, long payload straight to where the fabric
+    /// says that it belongs. `received` counts the bytes of whole packets.
+    pub(super) fn take_in(
+        &mut self,
+        fabric: &mut RouterFabric,
+        peer: u32,
+        received: &mut u64,
+    ) -> Result<Read, Trouble> {
+        let mut pieces = Vec::new();
+        for _ in 0..ROUNDS {
+            if self.placing.is_none() {
+                *received += self.give_packets(fabric, peer)? as u64;
+                self.begin_placing(fabric, peer, &mut pieces);
             }
-            Err(Errno::AGAIN | Errno::INTR) => Ok(Read::Dry),
-            Err(error) => Err(error.into()),
+            let read = match self.placing {
+                Some(_) => self.read_placed(fabric, peer, &mut pieces, received)?,
+                None if self.is_secure => return Ok(Read::Dry),
+                None => self.read_more()?,
+            };
+            if read == Read::Dry {
+                return Ok(Read::Dry);
+            }
         }
+        Ok(Read::More)
+    }
+
+    /// Hands whole packets to the fabric; says how many bytes they were.
+    fn give_packets(&mut self, fabric: &mut RouterFabric, peer: u32) -> Result<usize, BadPacket> {
+        let (mut at, now) = (0, lane::now());
+        while let Some(length) = packet::length(&self.input[at..self.filled]) {
+            if length > packet::LONGEST {
+                return Err(BadPacket::Length((length - HEADER) as u32));
+            }
+            let Some(packet) = self.input[at..self.filled].get(..length) else { break };
+            fabric.receive(peer, packet, now)?;
+            self.expects_long = false;
+            at += length;
+        }
+        self.consume(at);
+        Ok(at)
+    }
+
+    /// Looks whether the payload of the packet that has come in part can be read to where it belongs.
+    fn begin_placing(&mut self, fabric: &mut RouterFabric, peer: u32, pieces: &mut Vec<Piece>) {
+        let arrived = &self.input[..self.filled];
+        let Some((header, payload)) = arrived.split_first_chunk::<HEADER>().filter(|_| self.places) else {
+            return;
+        };
+        pieces.clear();
+        if !fabric.aim(peer, header, &mut |piece| pieces.push(piece)) {
+            return;
+        }
+        let body = pieces.iter().map(|piece| piece.len).sum();
+        let places = pieces.iter().map(Piece::place).collect();
+        let mut placing = Placing { header: *header, body, places, done: payload.len(), tail: [0; TAIL] };
+        let (begun, tail) = payload.split_at(payload.len().min(body));
+        scatter::put(pieces, begun);
+        placing.tail[..tail.len()].copy_from_slice(tail);
+        (self.filled, self.placing) = (0, Some(placing));
+    }
+
+    /// Reads what is missing of the payload, and the header that follows it.
+    fn read_placed(
+        &mut self,
+        fabric: &mut RouterFabric,
+        peer: u32,
+        pieces: &mut Vec<Piece>,
+        received: &mut u64,
+    ) -> Result<Read, Trouble> {
+        let Some(placing) = &mut self.placing else { return Ok(Read::More) };
+        let (next, scratch) = self.input.split_at_mut(HEADER);
+        pieces.clear();
+        let aims = !placing.places.is_empty()
+            && fabric.aim(peer, &placing.header, &mut |piece| pieces.push(piece))
+            && pieces.iter().map(Piece::place).eq(placing.places.iter().copied());
+        let left = placing.body.saturating_sub(placing.done);
+        if aims {
+            skip(pieces, placing.done);
+        } else {
+            // What was told before does not hold any more: the payload goes nowhere.
+            placing.places.clear();
+            pieces.clear();
+            pieces.extend((left > 0).then(|| Piece::of_mut(&mut scratch[..left])));
+        }
+        let tail_at = placing.done.saturating_sub(placing.body);
+        pieces.push(Piece::of_mut(&mut placing.tail[tail_at..]));
+        pieces.push(Piece::of_mut(next));
+        let whole = placing.body + TAIL;
+        let count = match scatter::read(&self.stream, pieces) {
+            Err(Errno::FAULT) => {
+                // Its owner finds out when the payload is copied there, as all is from now on.
+                placing.places.clear();
+                self.places = false;
+                return Ok(Read::More);
+            }
+            count => self::received(count)?,
+        };
+        let payload = count.min(whole - placing.done);
+        placing.done += payload;
+        if placing.done < whole {
+            return Ok(Read::Dry);
+        }
+        self.filled = count - payload;
+        self.expects_long = true;
+        *received += (HEADER + whole) as u64;
+        if let Some(Placing { header, places, tail, .. }) = self.placing.take() {
+            match places.is_empty() {
+                true => fabric.miss(peer, &header)?,
+                false => fabric.receive_placed(peer, &header, &places, &tail, lane::now())?,
+            }
+        }
+        Ok(if self.filled < HEADER { Read::Dry } else { Read::More })
+    }
+
+    /// Reads into the buffer: a header alone, where long payload may follow it.
+    fn read_more(&mut self) -> io::Result<Read> {
+        let end = if self.expects_long && self.filled < HEADER { HEADER } else { self.input.len() };
+        let room = &mut self.input[self.filled..end];
+        let wanted = room.len();
+        let count = received(rustix::io::read(&self.stream, room))?;
+        self.filled += count;
+        // A header may be read to its end with more behind it.
+        Ok(if count == wanted || self.filled >= HEADER && count > 0 { Read::More } else { Read::Dry })
     }
 
     /// What was read and not consumed.
@@ -159,6 +311,35 @@ impl Connection {
         self.input.copy_within(count..self.filled, 0);
         self.filled -= count;
     }
+}
+
+/// Why a connection cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Packet(#[from] BadPacket),
+}
+
+/// How much a read brought: nothing, where that is all for now.
+fn received(count: Result<usize, Errno>) -> io::Result<usize> {
+    match count {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(count) => Ok(count),
+        Err(Errno::AGAIN | Errno::INTR) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Leaves out the first bytes of some pieces.
+fn skip(pieces: &mut Vec<Piece>, mut count: usize) {
+    for piece in pieces.iter_mut() {
+        let here = count.min(piece.len);
+        *piece = piece.behind(here);
+        count -= here;
+    }
+    pieces.retain(|piece| piece.len > 0);
 }
 
 impl AsFd for Connection {

@@ -4,6 +4,8 @@
 //!  0 magic (8)   8 length of the rest (32, little-endian)   12 JSON
 //! ```
 
+use std::hash::{BuildHasher, RandomState};
+
 use engine::wire::packet;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +25,12 @@ pub(crate) struct Hello {
     pub(crate) name: String,
     /// Its tenants, by its numbers.
     pub(crate) tenants: Vec<String>,
+    /// As many streams it would have. The end that wants fewer gets its way.
+    pub(crate) streams: u32,
+    /// A number that it chose when it was started: all streams of a link lead to the same life of a router.
+    pub(crate) instance: u64,
+    /// Which of the streams this is; said by whoever connects.
+    pub(crate) stream: Option<u32>,
     /// Its NIC, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) nic: Option<NicWord>,
@@ -67,8 +75,20 @@ pub(crate) enum BadHello {
 
 impl Hello {
     /// That of this router.
-    pub(crate) fn new(name: &str, tenants: &[String]) -> Self {
-        Self { version: packet::VERSION, name: name.to_owned(), tenants: tenants.to_vec(), nic: None }
+    pub(crate) fn new(name: &str, tenants: &[String], streams: u32) -> Self {
+        let instance = RandomState::new().hash_one(std::process::id());
+        let (name, tenants) = (name.to_owned(), tenants.to_vec());
+        Self { version: packet::VERSION, name, tenants, streams, instance, stream: None, nic: None }
+    }
+
+    /// The same, for one of the streams.
+    pub(crate) fn on(&self, stream: u32) -> Self {
+        Self { stream: Some(stream), ..self.clone() }
+    }
+
+    /// How many streams both ends will have.
+    pub(crate) fn agree(&self, other: &Self) -> u32 {
+        self.streams.min(other.streams).max(1)
     }
 
     /// Whether both have NICs on a common fabric.
@@ -112,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_hello_is_understood_when_all_of_it_has_come() {
-        let hello = Hello::new("a", &["blue".to_owned(), "red".to_owned()]);
+        let hello = Hello::new("a", &["blue".to_owned(), "red".to_owned()], 4).on(3);
         let mut bytes = hello.encode();
         let length = bytes.len();
         bytes.extend([1, 2, 3]);
@@ -126,15 +146,23 @@ mod tests {
     fn nics_share_a_fabric_on_ethernet_or_in_one_subnet() {
         let host = |gid: u8, is_ethernet| Hello {
             nic: Some(NicWord { gid: [gid; 16], is_ethernet }),
-            ..Hello::new("a", &[])
+            ..Hello::new("a", &[], 4)
         };
         assert!(host(1, true).shares_fabric(&host(2, true)));
         assert!(host(1, false).shares_fabric(&host(1, false)));
         assert!(!host(1, false).shares_fabric(&host(2, false)));
         assert!(!host(1, true).shares_fabric(&host(1, false)));
-        assert!(!host(1, true).shares_fabric(&Hello::new("b", &[])));
+        assert!(!host(1, true).shares_fabric(&Hello::new("b", &[], 4)));
         let bytes = host(3, true).encode();
         assert_eq!(Hello::decode(&bytes).unwrap(), Some((host(3, true), bytes.len())));
+    }
+
+    #[test]
+    fn the_end_that_wants_fewer_streams_gets_its_way_and_none_is_not_to_be_had() {
+        let wants = |streams| Hello::new("a", &[], streams);
+        assert_eq!(wants(4).agree(&wants(2)), 2);
+        assert_eq!(wants(1).agree(&wants(16)), 1);
+        assert_eq!(wants(4).agree(&wants(0)), 1);
     }
 
     #[test]
@@ -142,9 +170,9 @@ mod tests {
         assert!(matches!(Hello::decode(b"GET / HTTP/1.1"), Err(BadHello::Stranger)));
         assert!(matches!(Hello::decode(b"FREEFLOW\xff\xff\xff\xff"), Err(BadHello::Stranger)));
         assert!(matches!(Hello::decode(b"FREEFLOW\x02\0\0\0{}"), Err(BadHello::Words(_))));
-        let many = Hello::new("a", &vec![String::new(); MAX_TENANTS + 1]);
+        let many = Hello::new("a", &vec![String::new(); MAX_TENANTS + 1], 1);
         assert!(matches!(Hello::decode(&many.encode()), Err(BadHello::Tenants(_))));
-        let other = Hello { version: 99, ..Hello::new("a", &[]) };
+        let other = Hello { version: 99, ..Hello::new("a", &[], 1) };
         assert!(matches!(Hello::decode(&other.encode()), Err(BadHello::Version(99))));
     }
 }

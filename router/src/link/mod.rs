@@ -7,35 +7,39 @@
 //!                         +--------> Worker: epoll over listener and connections
 //! ```
 //!
-//! Between two routers there is one connection. Where both make one at once, that of the router whose name comes first
-//! stays. One that is lost is made again when something is to be sent, after a pause that grows while nobody answers.
+//! A link has several streams, a connection each; the engine keeps each QP to one of them. Where both ends make one at
+//! once, that of the router whose name comes first stays. One that is lost is made again when something is to be sent,
+//! after a pause that grows while nobody answers. Each stream says and proves by itself who is there, and one that
+//! leads to another life of a router ends those of the life before.
 //! Leaves to others: what travels (the engine's `wire`), which router serves an address (`directory`).
 
 mod connection;
 mod hello;
+mod scatter;
 mod tls;
 mod worker;
 mod writer;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::TcpListener,
     os::fd::OwnedFd,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
 };
 
+use engine::{LinkFigures, Stream};
 use parking_lot::{Mutex, RwLock};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::{
     config::{self, Security},
     directory::{Directory, Peer},
-    lane::Lane,
+    lane::{Lane, RouterFabric},
     mailbox::Mailbox,
     rnic::Found,
     status,
@@ -48,9 +52,9 @@ use writer::{Progress, Writer};
 /// How a lane tells the thread of the links what is to be sent where.
 #[derive(Debug)]
 pub(crate) struct Caller {
-    calls: Mutex<BTreeSet<u32>>,
-    /// Of the links that are up, by the peers' numbers.
-    writers: RwLock<Vec<Option<Arc<Mutex<Writer>>>>>,
+    calls: Mutex<BTreeSet<Stream>>,
+    /// Of the streams that are up.
+    writers: RwLock<BTreeMap<Stream, Arc<Mutex<Writer>>>>,
     /// By the peers' numbers; of those that have none yet, nothing was carried.
     traffic: RwLock<Vec<Arc<Traffic>>>,
     wake: OwnedFd,
@@ -71,19 +75,19 @@ impl Caller {
         })
     }
 
-    /// Sends what is to be sent to these routers, as far as that is possible now; the rest is left to the thread.
-    pub(crate) fn send(&self, lane: &Lane, mut peers: Vec<u32>) {
-        peers.retain(|peer| {
-            let writer = self.writers.read().get(*peer as usize).cloned().flatten();
+    /// Sends what is to be sent over these streams, as far as that is possible now; the rest is left to the thread.
+    pub(crate) fn send(&self, lane: &Lane, mut streams: Vec<Stream>) {
+        streams.retain(|stream| {
+            let writer = self.writers.read().get(stream).cloned();
             // Whoever writes now may just have looked for the last time.
             let Some(mut writer) = writer.as_ref().and_then(|writer| writer.try_lock()) else { return true };
             let mut sent = 0;
-            let progress = writer.pump(|into| lane.take_packets(*peer, into), &mut sent);
-            self.traffic(*peer).sent.fetch_add(sent, Ordering::Relaxed);
+            let progress = writer.pump(&mut Seat::Lane(lane), Some(*stream), &mut sent);
+            self.traffic(stream.peer).sent.fetch_add(sent, Ordering::Relaxed);
             !matches!(progress, Ok(Progress::Done))
         });
-        if !peers.is_empty() {
-            self.calls.lock().extend(peers);
+        if !streams.is_empty() {
+            self.calls.lock().extend(streams);
             self.ring();
         }
     }
@@ -101,22 +105,13 @@ impl Caller {
         Arc::clone(&traffic[at])
     }
 
-    /// Sets how a router is written to.
-    fn set_writer(&self, peer: u32, writer: Option<Arc<Mutex<Writer>>>) {
-        let (at, mut writers) = (peer as usize, self.writers.write());
-        if writers.len() <= at {
-            writers.resize(at + 1, None);
-        }
-        writers[at] = writer;
-    }
-
     fn ring(&self) {
         if !self.rung.swap(true, Ordering::SeqCst) {
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         }
     }
 
-    fn take(&self) -> BTreeSet<u32> {
+    fn take(&self) -> BTreeSet<Stream> {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.wake, &mut count);
         self.rung.store(false, Ordering::SeqCst);
@@ -124,10 +119,28 @@ impl Caller {
     }
 }
 
+/// Whoever sends, and its way to the fabric.
+pub(crate) enum Seat<'a> {
+    /// The lane.
+    Lane(&'a Lane),
+    /// The thread of the links, which is told whom else something is to be sent to.
+    Links(&'a Lane, &'a mut Vec<Stream>),
+}
+
+impl Seat<'_> {
+    fn with<R>(&mut self, act: impl FnOnce(&mut RouterFabric) -> R) -> R {
+        match self {
+            Self::Lane(lane) => lane.with_own(act),
+            Self::Links(lane, calls) => lane.serve_link(calls, act),
+        }
+    }
+}
+
 /// What a link has carried.
 #[derive(Debug, Default)]
 struct Traffic {
-    is_up: AtomicBool,
+    /// Streams that are up.
+    streams: AtomicU32,
     /// Whether both ends have a NIC on a common fabric.
     has_nic: AtomicBool,
     sent: AtomicU64,
@@ -168,13 +181,14 @@ impl Links {
         lane.set_caller(Arc::clone(&caller));
         let mailbox = Arc::new(Mailbox::new()?);
         lane.with(|fabric| {
+            fabric.set_streams(config.streams);
             fabric.set_routing(Arc::clone(&directory) as Arc<_>);
             fabric.set_controls(Arc::clone(&mailbox) as Arc<_>);
         });
         Ok(Self {
             lane: Arc::clone(lane),
             caller,
-            hello: Hello { nic: nic.map(NicWord::of), ..Hello::new(&config.name, tenants) },
+            hello: Hello { nic: nic.map(NicWord::of), ..Hello::new(&config.name, tenants, config.streams) },
             tls,
             directory,
             mailbox,
@@ -209,13 +223,17 @@ impl Links {
     pub(crate) fn status(&self) -> Vec<status::Link> {
         let link = |(peer, number): (Peer, u32)| {
             let traffic = self.caller.traffic(number);
-            let is_up = traffic.is_up.load(Ordering::Relaxed);
-            (is_up || peer.address.is_some()).then(|| status::Link {
+            let streams = traffic.streams.load(Ordering::Relaxed);
+            let LinkFigures { repeated, round_trip } = self.lane.with(|fabric| fabric.link_figures(number));
+            (streams > 0 || peer.address.is_some()).then(|| status::Link {
                 router: peer.name.to_string(),
                 address: peer.address.map_or(String::new(), |address| address.to_string()),
-                state: if is_up { "up" } else { "down" }.to_owned(),
+                state: if streams > 0 { "up" } else { "down" }.to_owned(),
+                streams,
+                round_trip_us: round_trip.filter(|_| streams > 0).map(|ns| ns as f64 / 1e3),
                 tx_bytes: traffic.sent.load(Ordering::Relaxed),
                 rx_bytes: traffic.received.load(Ordering::Relaxed),
+                retransmissions: repeated,
                 connections: traffic.made.load(Ordering::Relaxed),
                 rnic: traffic.has_nic.load(Ordering::Relaxed),
             })

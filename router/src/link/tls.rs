@@ -131,6 +131,7 @@ mod tests {
             listen: ([127, 0, 0, 1], 1).into(),
             address: None,
             security: Security::Tls,
+            streams: 4,
             authority: Some(directory.join("ca.pem")),
             certificate: Some(files.certificate),
             key: Some(files.key),

@@ -9,12 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::wire::packet;
+use engine::Stream;
 use rustix::event::{Timespec, epoll};
 
 use super::{
-    Caller, Links, Tls,
-    connection::{Connection, Read, Stage},
+    Caller, Links, Seat, Tls,
+    connection::{Connection, Read, Stage, Trouble},
     hello::Hello,
     tls,
     writer::Progress,
@@ -41,7 +41,10 @@ const ROUNDS: u32 = 8;
 /// Connections that have not said who they are.
 const STRANGERS: usize = 64;
 
-/// What the thread knows of a router.
+/// How often a stream is asked for a sign of life, which tells the round-trip time.
+const PING: Duration = Duration::from_secs(2);
+
+/// What the thread knows of one stream to a router.
 #[derive(Debug, Default)]
 struct Peer {
     /// The connection over which packets travel.
@@ -66,11 +69,13 @@ pub(super) struct Worker {
     listener: TcpListener,
     connections: BTreeMap<u64, Connection>,
     next: u64,
-    /// By number, as far as there was anything to do with them.
-    peers: Vec<Peer>,
-    /// Routers that something is to be sent to.
-    calls: BTreeSet<u32>,
-    called: Vec<u32>,
+    peers: BTreeMap<Stream, Peer>,
+    /// In which life each router was seen last.
+    instances: BTreeMap<u32, u64>,
+    /// Streams over which something is to be sent.
+    calls: BTreeSet<Stream>,
+    called: Vec<Stream>,
+    next_ping: Instant,
     /// Connections that may have more to be read.
     unread: BTreeSet<u64>,
     complaints: Throttle,
@@ -92,7 +97,9 @@ impl Worker {
             listener,
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
-            peers: Vec::new(),
+            peers: BTreeMap::new(),
+            instances: BTreeMap::new(),
+            next_ping: Instant::now(),
             calls: BTreeSet::new(),
             called: Vec::new(),
             unread: BTreeSet::new(),
@@ -136,8 +143,9 @@ impl Worker {
         let now = Instant::now();
         let young = self.connections.values().filter(|connection| connection.stage != Stage::Up);
         let patience = young.map(|connection| connection.since + PATIENCE);
-        let retries = self.peers.iter().filter(|peer| peer.wanted).filter_map(|peer| peer.retry);
-        let first = patience.chain(retries).min()?;
+        let retries = self.peers.values().filter(|peer| peer.wanted).filter_map(|peer| peer.retry);
+        let ping = self.peers.values().any(|peer| peer.link.is_some()).then_some(self.next_ping);
+        let first = patience.chain(retries).chain(ping).min()?;
         let left = first.saturating_duration_since(now) + Duration::from_millis(1);
         Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
     }
@@ -152,11 +160,17 @@ impl Worker {
         for token in late {
             self.lose(token, &"it took too long");
         }
-        for (peer, number) in self.peers.iter_mut().zip(0..) {
+        for (stream, peer) in &mut self.peers {
             if peer.wanted && peer.retry.is_some_and(|retry| now >= retry) {
                 (peer.retry, peer.wanted) = (None, false);
-                self.calls.insert(number);
+                self.calls.insert(*stream);
             }
+        }
+        if now >= self.next_ping {
+            self.next_ping = now + PING;
+            let there = self.peers.iter().filter(|(_, peer)| peer.link.is_some());
+            let streams: Vec<Stream> = there.map(|(stream, _)| *stream).collect();
+            self.change(|fabric| streams.iter().for_each(|stream| fabric.ping(*stream, lane::now())));
         }
     }
 
@@ -193,8 +207,8 @@ impl Worker {
     }
 
     /// Something is to be sent to a router.
-    fn answer(&mut self, number: u32) {
-        let peer = self.peer(number);
+    fn answer(&mut self, stream: Stream) {
+        let peer = self.peer(stream);
         if let Some(token) = peer.link {
             return self.pump(token);
         }
@@ -202,27 +216,24 @@ impl Worker {
         if peer.dialing.is_some() || peer.retry.is_some() {
             return;
         }
-        let Some(router) = self.directory.peer(number) else { return };
+        let Some(router) = self.directory.peer(stream.peer) else { return };
         let Some(address) = router.address else {
-            return self.put_off(number, &"it is not in the directory");
+            return self.put_off(stream, &"it is not in the directory");
         };
-        let tls = self.tls.as_ref().map(|tls| tls.dial(&router.name)).transpose();
-        match tls.and_then(|tls| Connection::dial(number, address, self.hello.encode(), tls)) {
+        let (tls, hello) = (self.tls.as_ref().map(|tls| tls.dial(&router.name)).transpose(), &self.hello);
+        let hello = hello.on(stream.index).encode();
+        match tls.and_then(|tls| Connection::dial(stream, address, hello, tls)) {
             Ok(connection) => {
                 let token = self.add(connection);
-                self.peer(number).dialing = token;
+                self.peer(stream).dialing = token;
             }
-            Err(error) => self.put_off(number, &error),
+            Err(error) => self.put_off(stream, &error),
         }
     }
 
-    /// What is known of a router.
-    fn peer(&mut self, number: u32) -> &mut Peer {
-        let at = number as usize;
-        if self.peers.len() <= at {
-            self.peers.resize_with(at + 1, Peer::default);
-        }
-        &mut self.peers[at]
+    /// What is known of a stream.
+    fn peer(&mut self, stream: Stream) -> &mut Peer {
+        self.peers.entry(stream).or_default()
     }
 
     /// The name of a router.
@@ -231,12 +242,12 @@ impl Worker {
     }
 
     /// A router does not answer: it is called again after a pause.
-    fn put_off(&mut self, number: u32, why: &dyn std::fmt::Display) {
-        let peer = self.peer(number);
+    fn put_off(&mut self, stream: Stream, why: &dyn std::fmt::Display) {
+        let peer = self.peer(stream);
         peer.pause = (peer.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         peer.retry = Some(Instant::now() + peer.pause);
-        self.complain(&self.name(number), why);
-        self.change(|fabric| fabric.link_down(number, false));
+        self.complain(&self.name(stream.peer), why);
+        self.change(|fabric| fabric.link_down(stream, false));
     }
 
     fn attend(&mut self, token: u64, flags: epoll::EventFlags) {
@@ -259,50 +270,47 @@ impl Worker {
     /// Reads, and does what the packets say.
     fn read(&mut self, token: u64) {
         for _ in 0..ROUNDS {
-            let handshakes = |c: &Connection| c.is_secure && c.stage == Stage::Greeting;
-            let shakes = self.connections.get(&token).is_some_and(handshakes);
             let Some(connection) = self.connections.get_mut(&token) else { return };
-            let read = match connection.read() {
-                Ok(read) => read,
-                Err(error) => return self.lose(token, &error),
-            };
-            if shakes {
+            let (is_secure, greets) = (connection.is_secure, connection.stage == Stage::Greeting);
+            let mut read = Read::More;
+            if is_secure || greets {
+                read = match connection.read() {
+                    Ok(read) => read,
+                    Err(error) => return self.lose(token, &error),
+                };
+            }
+            if greets && is_secure {
                 self.pump(token);
             }
-            let greets = |c: &Connection| c.stage == Stage::Greeting;
-            if self.connections.get(&token).is_some_and(greets) && !self.greet(token) {
+            if greets && !self.greet(token) {
+                if read == Read::More {
+                    break;
+                }
                 return;
             }
-            if let Err(error) = self.take_in(token) {
-                return self.lose(token, &error);
-            }
-            if read == Read::Dry {
-                return;
+            match self.take_in(token) {
+                Ok(Read::Dry) if !is_secure || read == Read::Dry => return,
+                // The fabric was locked for long enough.
+                Ok(Read::More) if !is_secure => break,
+                Ok(_) => {}
+                Err(error) => return self.lose(token, &error),
             }
         }
         // Others first: there may be more, in the socket or in what TLS has read.
         self.unread.insert(token);
     }
 
-    /// Hands whole packets to the fabric.
-    fn take_in(&mut self, token: u64) -> Result<(), packet::BadPacket> {
-        let Some(connection) = self.connections.get_mut(&token) else { return Ok(()) };
-        let Some(number) = connection.peer.filter(|_| connection.stage == Stage::Up) else { return Ok(()) };
-        let bytes = connection.arrived();
-        let (mut at, now) = (0, lane::now());
-        let taken = self.lane.serve_link(&mut self.called, |fabric| {
-            while let Some(length) = packet::length(&bytes[at..]) {
-                if length > packet::LONGEST {
-                    return Err(packet::BadPacket::Length((length - packet::HEADER) as u32));
-                }
-                let Some(packet) = bytes.get(at..at + length) else { break };
-                fabric.receive(number, packet, now)?;
-                at += length;
-            }
-            Ok(())
-        });
-        self.caller.traffic(number).received.fetch_add(at as u64, Ordering::Relaxed);
-        connection.consume(at);
+    /// Hands packets to the fabric.
+    fn take_in(&mut self, token: u64) -> Result<Read, Trouble> {
+        let Some(connection) = self.connections.get_mut(&token) else { return Ok(Read::Dry) };
+        let Some(stream) = connection.peer.filter(|_| connection.stage == Stage::Up) else {
+            return Ok(Read::Dry);
+        };
+        let mut received = 0;
+        let taken = self
+            .lane
+            .serve_link(&mut self.called, |fabric| connection.take_in(fabric, stream.peer, &mut received));
+        self.caller.traffic(stream.peer).received.fetch_add(received, Ordering::Relaxed);
         self.calls.extend(self.called.drain(..));
         taken
     }
@@ -321,27 +329,38 @@ impl Worker {
                 return false;
             }
         };
-        match self.recognise(token, &hello) {
-            Ok(number) => self.establish(token, number, &hello),
-            Err(why) => {
-                self.lose(token, &why);
-                false
+        let why = match self.recognise(token, &hello) {
+            Ok(stream) => {
+                let agreed = self.hello.agree(&hello);
+                if stream.index < agreed {
+                    return self.establish(token, stream, &hello);
+                }
+                self.change(|fabric| fabric.agree(stream.peer, agreed));
+                format!("{} wants {agreed} streams", hello.name)
             }
-        }
+            Err(why) => why,
+        };
+        self.lose(token, &why);
+        false
     }
 
-    /// The number of the router that says hello, if it may be that.
-    fn recognise(&self, token: u64, hello: &Hello) -> Result<u32, String> {
+    /// The router that says hello, if it may be that, and the stream that this is.
+    fn recognise(&self, token: u64, hello: &Hello) -> Result<Stream, String> {
         let Some(connection) = self.connections.get(&token) else { return Err(String::new()) };
         let number = self.directory.number(&hello.name);
         let number = number.ok_or_else(|| format!("{:?} is not in the directory", hello.name))?;
-        if connection.peer.is_some_and(|expected| expected != number) {
-            return Err(format!("another router answers, {:?}", hello.name));
-        }
+        let stream = match (connection.peer, hello.stream) {
+            (Some(expected), None) if expected.peer == number => expected,
+            (None, Some(index)) => Stream { peer: number, index },
+            (Some(expected), _) if expected.peer != number => {
+                return Err(format!("another router answers, {:?}", hello.name));
+            }
+            _ => return Err(format!("{} does not say which stream this is", hello.name)),
+        };
         if connection.is_secure {
             let writer = connection.writer.lock();
             return match writer.tls().is_some_and(|tls| tls::is_named(tls, &hello.name)) {
-                true => Ok(number),
+                true => Ok(stream),
                 false => Err(format!("its certificate is not that of {}", hello.name)),
             };
         }
@@ -352,18 +371,20 @@ impl Worker {
             let at = expected.map_or("nowhere".to_owned(), |address| address.to_string());
             return Err(format!("{} does not live there but at {at}", hello.name));
         }
-        Ok(number)
+        Ok(stream)
     }
 
-    /// Lets packets travel, unless another connection to the same router is the better one.
-    fn establish(&mut self, token: u64, number: u32, hello: &Hello) -> bool {
+    /// Lets packets travel, unless another connection for the same stream is the better one.
+    fn establish(&mut self, token: u64, stream: Stream, hello: &Hello) -> bool {
         let Some(dialed) = self.connections.get(&token).map(|connection| connection.dialed) else {
             return false;
         };
-        let (link, dialing) = (self.peer(number).link, self.peer(number).dialing);
+        let (link, dialing) = (self.peer(stream).link, self.peer(stream).dialing);
         let first_name_is_ours = self.hello.name < hello.name;
+        let same_life = self.instances.get(&stream.peer) == Some(&hello.instance);
         let old = link.and_then(|link| Some((link, self.connections.get(&link)?)));
         if let Some((_, old)) = &old
+            && same_life
             && old.dialed != dialed
             && old.since.elapsed() < YOUNG
             && old.dialed == first_name_is_ours
@@ -380,24 +401,44 @@ impl Worker {
         for other in old.into_iter().chain(dialing) {
             self.drop_connection(other);
         }
-        *self.peer(number) = Peer { link: Some(token), ..Peer::default() };
+        self.begin_life(stream, hello.instance);
+        *self.peer(stream) = Peer { link: Some(token), ..Peer::default() };
         if let Some(connection) = self.connections.get_mut(&token) {
-            (connection.stage, connection.peer) = (Stage::Up, Some(number));
-            self.caller.set_writer(number, Some(Arc::clone(&connection.writer)));
+            (connection.stage, connection.peer) = (Stage::Up, Some(stream));
+            self.caller.writers.write().insert(stream, Arc::clone(&connection.writer));
         }
-        let tenants = self.common_tenants(hello);
+        let (tenants, agreed) = (self.common_tenants(hello), self.hello.agree(hello));
         let has_nic = self.hello.shares_fabric(hello);
         self.change(|fabric| {
-            fabric.set_peer_nic(number, has_nic);
-            fabric.link_up(number, tenants);
+            fabric.set_peer_nic(stream.peer, has_nic);
+            fabric.link_up(stream, agreed, tenants);
+            fabric.ping(stream, lane::now());
         });
-        let traffic = self.caller.traffic(number);
+        let traffic = self.caller.traffic(stream.peer);
         traffic.has_nic.store(has_nic, Ordering::Relaxed);
-        traffic.is_up.store(true, Ordering::Relaxed);
         traffic.made.fetch_add(1, Ordering::Relaxed);
-        tracing::info!(router = hello.name, dialed, "link up");
-        self.calls.insert(number);
+        tracing::info!(router = hello.name, stream = stream.index, dialed, "link up");
+        self.count_streams(stream.peer);
+        self.calls.insert(stream);
         true
+    }
+
+    /// Ends the streams that lead to an earlier life of a router.
+    fn begin_life(&mut self, stream: Stream, instance: u64) {
+        if self.instances.insert(stream.peer, instance).is_none_or(|before| before == instance) {
+            return;
+        }
+        let all = Stream::first(stream.peer)..=Stream { index: u32::MAX, ..stream };
+        let others = self.peers.range(all).filter(|(other, _)| **other != stream);
+        let old: Vec<u64> = others.filter_map(|(_, peer)| peer.link).collect();
+        old.iter().for_each(|token| self.lose(*token, &"that router was started anew"));
+    }
+
+    /// Counts the streams to a router, for the status.
+    fn count_streams(&self, number: u32) {
+        let there = |(stream, peer): &(&Stream, &Peer)| stream.peer == number && peer.link.is_some();
+        let count = self.peers.iter().filter(there).count();
+        self.caller.traffic(number).streams.store(count as u32, Ordering::Relaxed);
     }
 
     /// The peer's number of each tenant that both have, and ours.
@@ -413,14 +454,11 @@ impl Worker {
         if connection.stage == Stage::Connecting {
             return;
         }
-        let number = connection.peer.filter(|_| connection.stage == Stage::Up);
-        let (lane, called, mut sent) = (&self.lane, &mut self.called, 0);
-        let take = |into: &mut Vec<u8>| {
-            number.is_some_and(|number| lane.serve_link(called, |fabric| fabric.take_packets(number, into)))
-        };
-        let progress = connection.writer.lock().pump(take, &mut sent);
-        if let Some(number) = number {
-            self.caller.traffic(number).sent.fetch_add(sent, Ordering::Relaxed);
+        let stream = connection.peer.filter(|_| connection.stage == Stage::Up);
+        let (mut seat, mut sent) = (Seat::Links(&self.lane, &mut self.called), 0);
+        let progress = connection.writer.lock().pump(&mut seat, stream, &mut sent);
+        if let Some(Stream { peer, .. }) = stream {
+            self.caller.traffic(peer).sent.fetch_add(sent, Ordering::Relaxed);
         }
         self.calls.extend(self.called.drain(..));
         match progress {
@@ -447,30 +485,29 @@ impl Worker {
     fn lose(&mut self, token: u64, why: &dyn std::fmt::Display) {
         let Some(connection) = self.connections.get(&token) else { return };
         let remote = connection.remote();
-        let Some(number) = self.drop_connection(token) else {
+        let Some(stream) = self.drop_connection(token) else {
             if let Some(remote) = remote {
                 self.complain(&remote, why);
             }
             return;
         };
-        let was_dialing = self.peer(number).dialing == Some(token);
-        let was_link = self.peer(number).link == Some(token);
-        if was_dialing {
-            self.peer(number).dialing = None;
-            if self.peer(number).link.is_none() {
-                self.put_off(number, why);
+        let peer = self.peer(stream);
+        if peer.dialing == Some(token) {
+            peer.dialing = None;
+            if peer.link.is_none() {
+                self.put_off(stream, why);
             }
-        } else if was_link {
-            self.peer(number).link = None;
-            self.caller.set_writer(number, None);
-            tracing::info!(router = %self.name(number), %why, "link lost");
-            self.caller.traffic(number).is_up.store(false, Ordering::Relaxed);
-            self.change(|fabric| fabric.link_down(number, true));
+        } else if peer.link == Some(token) {
+            peer.link = None;
+            self.caller.writers.write().remove(&stream);
+            self.count_streams(stream.peer);
+            tracing::info!(router = %self.name(stream.peer), stream = stream.index, %why, "link lost");
+            self.change(|fabric| fabric.link_down(stream, true));
         }
     }
 
     /// Closes a connection; says whose it was.
-    fn drop_connection(&mut self, token: u64) -> Option<u32> {
+    fn drop_connection(&mut self, token: u64) -> Option<Stream> {
         let connection = self.connections.remove(&token)?;
         let _ = epoll::delete(&self.epoll, &connection);
         connection.peer

@@ -10,11 +10,15 @@ use crate::wire::{
 
 mod control;
 mod groups;
+mod placed;
 mod property;
 mod refusals;
+mod streams;
 
 /// Each knows the other as its peer 0.
 pub(super) const PEER: u32 = 0;
+/// The only stream of a link that has one.
+const STREAM: Stream = Stream { peer: PEER, index: 0 };
 /// Inside the mapped part of every app's buffer.
 const MAPPED: u64 = 64 * 1024;
 
@@ -42,6 +46,13 @@ pub(super) struct Hosts {
     /// Bytes that are delivered before the link breaks by itself.
     pub(super) fuse: Option<usize>,
     sent: u64,
+    /// By stream.
+    sent_over: Vec<u64>,
+    /// Streams whose sockets take nothing.
+    blocked: Vec<usize>,
+    /// Whether payload is read to where it belongs, and how many packets were.
+    places: bool,
+    placed: u64,
 }
 
 impl Hosts {
@@ -49,20 +60,31 @@ impl Hosts {
         let mut fabrics = [Fabric::new(), Fabric::new()];
         fabrics[0].set_routing(Arc::new(Elsewhere((11..20).map(gid).collect())));
         fabrics[1].set_routing(Arc::new(Elsewhere((1..10).map(gid).collect())));
-        Self { fabrics, pipes: Default::default(), up: false, now: 0, fuse: None, sent: 0 }
+        Self {
+            fabrics,
+            pipes: Default::default(),
+            up: false,
+            now: 0,
+            fuse: None,
+            sent: 0,
+            sent_over: vec![0],
+            blocked: Vec::new(),
+            places: true,
+            placed: 0,
+        }
     }
 
     pub(super) fn connect(&mut self) {
         self.up = true;
         for fabric in &mut self.fabrics {
-            fabric.link_up(PEER, HashMap::from([(0, 0)]));
+            fabric.link_up(STREAM, 1, HashMap::from([(0, 0)]));
         }
     }
 
     pub(super) fn cut(&mut self) {
         self.up = false;
         self.pipes.iter_mut().for_each(VecDeque::clear);
-        self.fabrics.iter_mut().for_each(|fabric| fabric.link_down(PEER, false));
+        self.fabrics.iter_mut().for_each(|fabric| fabric.link_down(STREAM, false));
     }
 
     /// Lets both run until nothing moves.
@@ -80,11 +102,14 @@ impl Hosts {
         for at in 0..2 {
             turn(&mut self.fabrics[at], self.now);
             while self.fabrics[at].next_call().is_some() {}
-            let mut bytes = Vec::new();
-            if self.up && self.fabrics[at].take_packets(PEER, &mut bytes) {
-                self.sent += bytes.len() as u64;
-                self.pipes[1 - at].extend(bytes);
-                moved = true;
+            for index in (0..self.sent_over.len()).filter(|index| self.up && !self.blocked.contains(index)) {
+                let mut bytes = Vec::new();
+                if self.fabrics[at].take_packets(Stream { peer: PEER, index: index as u32 }, &mut bytes) {
+                    self.sent += bytes.len() as u64;
+                    self.sent_over[index] += bytes.len() as u64;
+                    self.pipes[1 - at].extend(bytes);
+                    moved = true;
+                }
             }
         }
         for at in 0..2 {
@@ -109,12 +134,33 @@ impl Hosts {
                     }
                 }
             }
-            self.fabrics[at].receive(PEER, &rest[..length], self.now).unwrap();
+            self.hand_over(at, &rest[..length]);
             rest = &rest[length..];
             moved = true;
         }
         assert!(rest.is_empty());
         moved
+    }
+
+    /// Hands a packet over as a socket does that reads payload to where it belongs, or whole.
+    fn hand_over(&mut self, at: usize, packet: &[u8]) {
+        let fabric = &mut self.fabrics[at];
+        let (header, payload) = packet.split_first_chunk::<{ packet::HEADER }>().unwrap();
+        let mut pieces = Vec::new();
+        if !self.places || !fabric.aim(PEER, header, &mut |piece| pieces.push(piece)) {
+            return fabric.receive(PEER, packet, self.now).unwrap();
+        }
+        let (body, tail) = payload.split_last_chunk::<{ crate::wire::TAIL }>().unwrap();
+        let places: Vec<_> = pieces.iter().map(crate::wire::Piece::place).collect();
+        assert_eq!(places.iter().map(|(_, len)| len).sum::<usize>(), body.len());
+        let mut done = 0;
+        for piece in &pieces {
+            // SAFETY: told just now by a fabric that has not changed.
+            unsafe { std::ptr::copy(body[done..].as_ptr(), piece.start.as_ptr(), piece.len) };
+            done += piece.len;
+        }
+        self.placed += 1;
+        fabric.receive_placed(PEER, header, &places, tail, self.now).unwrap();
     }
 
     /// Lets time pass until something is due.
@@ -276,11 +322,11 @@ fn datagrams_find_their_receiver_on_the_other_host() {
 fn what_was_posted_before_there_is_a_link_waits_for_it() {
     let (mut hosts, mut a, mut b) = pair_across(QpType::Uc, |_| ());
     hosts.up = false;
-    hosts.fabrics[0].link_down(PEER, true);
+    hosts.fabrics[0].link_down(STREAM, true);
     b.post_recv(1, &[]);
     a.post(&send(Opcode::Send, a.sge(0, 0)));
     turn(&mut hosts.fabrics[0], 0);
-    assert_eq!(hosts.fabrics[0].next_call(), Some(PEER), "the host is asked for a link");
+    assert_eq!(hosts.fabrics[0].next_call(), Some(STREAM), "the host is asked for a link");
     assert_eq!(a.sends.pop(), None);
     hosts.connect();
     hosts.settle();
@@ -300,7 +346,7 @@ fn many_small_requests_are_on_their_way_at_once() {
     }
     turn(&mut hosts.fabrics[0], 0);
     let mut bytes = Vec::new();
-    hosts.fabrics[0].take_packets(PEER, &mut bytes);
+    hosts.fabrics[0].take_packets(STREAM, &mut bytes);
     assert_eq!(bytes.len(), 8 * (packet::HEADER + 8), "none waits for the one before it");
     hosts.pipes[1].extend(bytes);
     hosts.settle();
@@ -329,12 +375,12 @@ fn what_was_fetched_for_one_packet_is_not_sent_in_another() {
     a.post(&with_id(send(Opcode::Send, a.sge(0, 16)), 1));
     turn(&mut hosts.fabrics[0], 0);
     let mut packets = Vec::new();
-    assert!(hosts.fabrics[0].take_packets(PEER, &mut packets));
+    assert!(hosts.fabrics[0].take_packets(STREAM, &mut packets));
     hand(&mut hosts.fabrics[1], &packets);
     turn(&mut hosts.fabrics[1], 0);
     let mut answers = Vec::new();
-    assert!(hosts.fabrics[1].take_packets(PEER, &mut answers));
-    hosts.fabrics[0].link_up(PEER, HashMap::from([(0, 0)]));
+    assert!(hosts.fabrics[1].take_packets(STREAM, &mut answers));
+    hosts.fabrics[0].link_up(STREAM, 1, HashMap::from([(0, 0)]));
     let accesses = turn_without_accesses(&mut hosts.fabrics[0], 0);
     assert_eq!(accesses.len(), 1, "its payload is fetched again");
     // Now it is heard all the same.

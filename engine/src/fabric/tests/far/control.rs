@@ -35,7 +35,7 @@ fn words(from: u32, words: &[u8]) -> Control {
 fn words_need_a_link_and_arrive_in_order() {
     let (mut hosts, ear) = hosts();
     assert!(!hosts.fabrics[0].send_control(&words(1, b"lost")));
-    assert_eq!(hosts.fabrics[0].next_call(), Some(PEER), "the host is asked for a link");
+    assert_eq!(hosts.fabrics[0].next_call(), Some(STREAM), "the host is asked for a link");
     hosts.connect();
     assert_eq!(*ear.links.lock().unwrap(), [PEER]);
     let all = [words(1, b""), words(2, b"two"), words(1, &[7; MAX_WORDS])];

@@ -80,7 +80,7 @@ fn a_sender_is_told_by_the_router_whose_members_came_before_there_was_a_link() {
     let mut hosts = Hosts::new();
     let mut member = ud(&mut hosts, 1, 0, 11);
     assert_eq!(hosts.fabrics[1].attach(11, member.qpn, &group(1)), Ok(true));
-    assert_eq!(hosts.fabrics[1].next_call(), Some(PEER), "it wants to tell");
+    assert_eq!(hosts.fabrics[1].next_call(), Some(STREAM), "it wants to tell");
     hosts.connect();
     hosts.settle();
     let mut sender = ud(&mut hosts, 0, 0, 1);
@@ -106,7 +106,7 @@ fn a_router_that_serves_nobody_of_the_tenant_gets_nothing_of_it() {
     let mut hosts = Hosts::new();
     // Both have the tenant, but the directory knows no address of it over there.
     hosts.up = true;
-    hosts.fabrics.iter_mut().for_each(|fabric| fabric.link_up(PEER, HashMap::from([(5, 5)])));
+    hosts.fabrics.iter_mut().for_each(|fabric| fabric.link_up(STREAM, 1, HashMap::from([(5, 5)])));
     let mut member = ud(&mut hosts, 1, 5, 11);
     let mut sender = ud(&mut hosts, 0, 5, 1);
     attach(&mut hosts, 1, &member);

@@ -173,9 +173,11 @@ proptest! {
 
     #[test]
     fn every_request_is_executed_once_in_order_whenever_the_link_breaks(
-        events in prop::collection::vec(event(), 1..60)
+        events in prop::collection::vec(event(), 1..60),
+        places in any::<bool>()
     ) {
         let mut world = World::new();
+        world.hosts.places = places;
         for event in &events {
             world.happen(event);
         }

@@ -153,7 +153,7 @@ fn whoever_is_not_named_is_not_heard() {
 fn tenants_of_one_address_do_not_meet() {
     let (mut hosts, mut a, b) = pair_across(QpType::Rc, |_| ());
     // What the peer calls tenant 0 is another one here.
-    hosts.fabrics[1].link_up(PEER, HashMap::from([(0, 5)]));
+    hosts.fabrics[1].link_up(STREAM, 1, HashMap::from([(0, 5)]));
     a.post(&write(&a, &b, 8));
     hosts.settle();
     assert!((0..100).any(|_| has_completed(&a) || !hosts.wait()), "it ends");
@@ -168,7 +168,7 @@ fn a_full_outbox_holds_its_qp_up_until_there_is_room() {
     a.post(&write(&a, &b, 900_000));
     turn(&mut hosts.fabrics[0], 0);
     let mut bytes = Vec::new();
-    assert!(hosts.fabrics[0].take_packets(PEER, &mut bytes));
+    assert!(hosts.fabrics[0].take_packets(STREAM, &mut bytes));
     assert!(bytes.len() < 400_000, "{}", bytes.len());
     hosts.pipes[1].extend(bytes);
     hosts.settle();
@@ -209,7 +209,7 @@ fn nothing_that_a_peer_sends_makes_more_than_an_error() {
     let mut sent = Vec::new();
     a.post(&write(&a, &b, 100));
     turn(&mut hosts.fabrics[0], 0);
-    hosts.fabrics[0].take_packets(PEER, &mut sent);
+    hosts.fabrics[0].take_packets(STREAM, &mut sent);
     for _ in 0..20_000 {
         let mut packet = sent.clone();
         for _ in 0..random() % 4 {
