@@ -162,7 +162,7 @@ fn in_the_peers_name(field: &Field) -> Result<()> {
 fn for_ever(field: &Field) -> Result<()> {
     let rig = rig(field)?;
     // Between entering and leaving, for good.
-    eventually("the seat is the owner's", || Ok(rig.qp.area.header.seat().enter()))?;
+    eventually("the seat is the owner's", || Ok(rig.qp.area.header.seat().enter(false)))?;
     let (qpn, key) = (rig.peer_qp.new.qpn, rig.peer_keys.full);
     for request in [
         Request::DeregMr { key },
@@ -237,7 +237,7 @@ fn crowd(field: &Field) -> Result<()> {
     for _ in 0..100 {
         let qp = rig.hostile.qp(pd, cq, QpType::Rc)?;
         rig.hostile.connect(&qp, (rig.peer_qp.new.qpn, gid))?;
-        let _ = qp.area.header.seat().enter();
+        let _ = qp.area.header.seat().enter(false);
         held.push(qp);
     }
     let began = Instant::now();

@@ -241,7 +241,7 @@ impl Device {
         let (client, qp) = self.client.as_ref().zip(self.qp.as_ref()).context("no QP")?;
         client.connect(qp, (peer, client.gid()?))?;
         // As a provider does in the middle of a post.
-        let _ = qp.area.header.seat().enter();
+        let _ = qp.area.header.seat().enter(false);
         Ok(())
     }
 
