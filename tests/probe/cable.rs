@@ -64,8 +64,8 @@ pub(crate) fn run(left: &str, right: &str, conditions: &str, life: Duration) -> 
             (looked, now_so) = (Instant::now(), Conditions::read(conditions));
         }
         wait(&ends, on_way.peek().map(|Reverse((due, ..))| *due))?;
-        for from in 0..2 {
-            while let Ok(len) = ends[from].read(&mut packet) {
+        for (from, end) in ends.iter_mut().enumerate() {
+            while let Ok(len) = end.read(&mut packet) {
                 let copies = 1 + u64::from(dice.falls(now_so.twice));
                 for _ in 0..copies {
                     if dice.falls(now_so.lost) || on_way.len() >= MOST {
