@@ -78,7 +78,7 @@ fn tls(bed: &Bed) -> Result<Measurement> {
 fn processor(bed: &Bed) -> Result<Measurement> {
     let (bed, hosts) = hosts(bed)?;
     let tcp = iperf(&hosts.host(Side::Left), &hosts.host(Side::Right))?.processor;
-    let pair = bed.start_pair(&Tool::new("ib_send_bw", &["-s", "65536", "-D", "6", "-e"]), LIMIT)?;
+    let pair = bed.start_pair(&Tool::new("ib_send_bw", &["-s", "65536", "-n", "150000", "-e"]), LIMIT)?;
     let right = bed.client_router.as_ref().context("two routers")?;
     await_traffic(right)?;
     let pids = [bed.router.pid(), right.pid(), pair.client.pid(), pair.server.pid()];
