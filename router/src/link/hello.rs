@@ -153,8 +153,9 @@ mod tests {
         assert!(!host(1, false).shares_fabric(&host(2, false)));
         assert!(!host(1, true).shares_fabric(&host(1, false)));
         assert!(!host(1, true).shares_fabric(&Hello::new("b", &[], 4)));
-        let bytes = host(3, true).encode();
-        assert_eq!(Hello::decode(&bytes).unwrap(), Some((host(3, true), bytes.len())));
+        let hello = host(3, true);
+        let bytes = hello.encode();
+        assert_eq!(Hello::decode(&bytes).unwrap(), Some((hello, bytes.len())));
     }
 
     #[test]
