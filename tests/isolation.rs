@@ -453,13 +453,6 @@ fn listeners(scene: &Scene) -> Result<()> {
 
 fn wrong_configurations(scene: &Scene) -> Result<()> {
     for (tenants, words) in [
-        (
-            vec![
-                Tenant { name: "a", words: "prefixes = ['10.0.0.0/8']\n" },
-                Tenant { name: "b", words: "prefixes = ['10.9.0.0/16']\n" },
-            ],
-            ["10.0.0.0/8", "10.9.0.0/16"],
-        ),
         (vec![Tenant { name: "a", words: "prefix = '10.0.0.0/8'\n" }], ["prefix", "line 4"]),
         (vec![Tenant { name: "a", words: "prefixes = ['10.0.0.1/8']\n" }], ["10.0.0.1/8", "10.0.0.0/8"]),
         (vec![Tenant { name: "a", words: "" }, Tenant { name: "b", words: "" }], ["a", "no prefixes"]),
