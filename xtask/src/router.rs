@@ -102,7 +102,8 @@ impl Router {
         let start = Instant::now();
         loop {
             interrupt::check()?;
-            if answers(&self.socket)? {
+            // One that listens may still find that something else of its configuration cannot be had.
+            if answers(&self.socket)? && self.status().is_ok() {
                 return Ok(());
             }
             self.check_alive()?;
