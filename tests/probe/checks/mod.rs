@@ -20,6 +20,7 @@ mod refusals;
 mod regions;
 mod states;
 mod statuses;
+mod threads;
 mod writers;
 
 pub(crate) use memory::{read_from, write_to};
@@ -126,6 +127,9 @@ pub(crate) const CHECKS: &[Check] = &[
     ("nothing is written after a QP's destruction", races::destruction_under_fire),
     ("a receive that came back flushed is not written to", races::flushed_receives),
     ("many threads share a QP and its CQs", races::many_threads),
+    ("threads that poll one CQ see each completion once", threads::shared_cq),
+    ("threads make, use and destroy objects of one device", threads::coming_and_going),
+    ("CQs go while their events are read and waited for", threads::destroyed_under_a_reader),
     ("a forked child cannot use the device and does it no harm", races::forked_child),
     ("GIDs are the addresses of the namespace and follow them", addresses::follow),
     ("all ways to read the GID table agree", addresses::table),
