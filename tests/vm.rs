@@ -4,8 +4,6 @@
 #[path = "vm/beside.rs"]
 mod beside;
 mod common;
-#[path = "vm/faults.rs"]
-mod faults;
 #[path = "vm/matrix.rs"]
 mod matrix;
 
@@ -105,7 +103,6 @@ fn trials() -> Vec<Trial> {
     ];
     trials.extend(beside::trials(&stage));
     trials.extend(matrix::trials(&stage));
-    trials.extend(faults::trials());
     trials
 }
 
