@@ -41,9 +41,15 @@ struct Ring {
     /// Nothing is taken from it: the provider completes what is outstanding, and what a direct peer may still publish
     /// comes too late; or its queue is being emptied.
     is_flushed: bool,
+    /// Of a queue that is being emptied: the places in an SRQ of receives whose completions nobody will poll.
+    unpolled: Vec<u32>,
 }
 
 impl Ring {
+    fn new(reader: CompletionReader, of: Queue) -> Ring {
+        Ring { reader, of, is_pending: false, is_flushed: false, unpolled: Vec::new() }
+    }
+
     /// Takes up to `limit` completions.
     #[inline]
     fn drain(&mut self, limit: usize, emit: &mut impl FnMut(u32, &Cqe)) -> usize {
@@ -67,6 +73,13 @@ impl Ring {
             }
         }
         limit
+    }
+
+    /// Frees those places.
+    fn forget_unpolled(&mut self) {
+        if let Queue::Of(qp, side) = &self.of {
+            self.unpolled.drain(..).for_each(|wqe| qp.free(*side, wqe));
+        }
     }
 
     /// Whether there is a completion.
@@ -127,7 +140,7 @@ impl Rings {
             self.by_slot.resize_with(at + 1, || None);
         }
         let (reader, of) = (qp.completions(side), Queue::Of(Arc::clone(qp), side));
-        self.put(at, Ring { reader, of, is_pending: false, is_flushed: false });
+        self.put(at, Ring::new(reader, of));
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
     }
@@ -140,7 +153,7 @@ impl Rings {
             self.by_slot.resize_with(at + 1, || None);
         }
         let of = Queue::Xrc(Arc::clone(srq));
-        self.put(at, Ring { reader, of, is_pending: false, is_flushed: false });
+        self.put(at, Ring::new(reader, of));
         self.slots.retain(|&other| other != slot);
         self.slots.push(slot);
     }
@@ -172,6 +185,10 @@ impl Rings {
     pub(crate) fn close(&mut self, slot: u32) -> Option<u64> {
         let ring = self.by_slot.get_mut(slot as usize)?.as_mut()?;
         ring.is_flushed = true;
+        if matches!(&ring.of, Queue::Of(qp, Side::Recv) if qp.srq.is_some()) {
+            let (mut ahead, most) = (ring.reader.clone(), ring.reader.available());
+            ring.unpolled.extend((0..most).map_while(|_| ahead.pop()).map(|cqe| cqe.wqe));
+        }
         Some(ring.reader.head())
     }
 
@@ -179,13 +196,15 @@ impl Rings {
     pub(crate) fn reopen(&mut self, slot: u32, area: &CqArea) {
         if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize) {
             ring.is_flushed = false;
+            ring.unpolled.clear();
             area.mark(slot);
         }
     }
 
     fn detach_if(&mut self, slot: u32, wanted: impl Fn(&Ring) -> bool) {
         let Some(place) = self.by_slot.get_mut(slot as usize) else { return };
-        if let Some(ring) = place.take_if(|ring| wanted(ring)) {
+        if let Some(mut ring) = place.take_if(|ring| wanted(ring)) {
+            ring.forget_unpolled();
             self.overrun.remove(ring.bound());
             self.slots.retain(|&other| other != slot);
             self.pending.retain(|&other| other != slot);
@@ -195,9 +214,10 @@ impl Rings {
     /// Begins a QP's ring anew, after the router emptied it.
     pub(crate) fn restart(&mut self, slot: u32) {
         if let Some(Some(ring)) = self.by_slot.get_mut(slot as usize)
-            && let Queue::Of(qp, side) = &ring.of
+            && let Queue::Of(qp, side) = ring.of.clone()
         {
-            ring.reader = qp.completions(*side);
+            ring.forget_unpolled();
+            ring.reader = qp.completions(side);
             ring.is_flushed = false;
         }
     }

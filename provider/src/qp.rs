@@ -249,7 +249,7 @@ impl Qp {
 
     /// Takes nothing more from its rings, and leaves word for the router how much was taken: what is in them goes
     /// when it empties them.
-    fn close_rings(&self) {
+    pub(crate) fn close_rings(&self) {
         for ((_, cq), polled) in self.cqs().zip(self.area.header.polled()) {
             if let Some((cq, slot)) = cq
                 && let Some(taken) = cq.rings.lock().close(*slot)
@@ -260,7 +260,7 @@ impl Qp {
     }
 
     /// The router has not emptied them.
-    fn reopen_rings(&self) {
+    pub(crate) fn reopen_rings(&self) {
         for (cq, slot) in self.cqs().filter_map(|(_, cq)| cq.as_ref()) {
             cq.rings.lock().reopen(*slot, &cq.events.area);
         }

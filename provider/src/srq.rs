@@ -94,6 +94,19 @@ impl Srq {
         Bound::Shared(self.number, self.area.geometry().entries)
     }
 
+    /// Receives that lie in slots.
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> u32 {
+        self.queue.lock().used
+    }
+
+    /// Takes slots for so many receives, as posting them does.
+    #[cfg(test)]
+    pub(crate) fn fill(&self, receives: u32) -> Vec<u32> {
+        let mut queue = self.queue.lock();
+        (0..receives).map_while(|_| queue.take(self.area.geometry().entries)).collect()
+    }
+
     /// Frees a slot, whose completion was polled.
     pub(crate) fn free(&self, slot: u32) {
         let mut queue = self.queue.lock();
@@ -235,7 +248,7 @@ unsafe fn new(
 }
 
 /// The SRQ that the router has given, its ring attached to its CQ. `None` when what it gave lies outside the arena.
-fn build(
+pub(crate) fn build(
     arena: &Window,
     bell: &Arc<Bell>,
     address: u64,

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use verbs_abi::ffi::{self, ibv_qp, ibv_qp_init_attr};
-use verbs_abi::proto::NewQp;
+use verbs_abi::proto::{NewQp, NewSrq};
 use verbs_abi::shm::cq::{CQ_LEN, CqArea};
 use verbs_abi::shm::cqe::{CompletionWriter, Cqe};
 use verbs_abi::shm::doorbell::Doorbells;
 use verbs_abi::shm::lane::{LanePage, WakeWord};
 use verbs_abi::shm::queue::Geometry;
+use verbs_abi::shm::srq::SrqGeometry;
 use verbs_abi::shm::{PAGE, Window, arena};
 use verbs_abi::verbs::QpState;
 
@@ -21,6 +22,7 @@ use crate::health::Health;
 use crate::poll::Side;
 use crate::qp::{Qp, QpObject};
 use crate::qp_create::{self, Parts};
+use crate::srq::{self, Srq};
 
 /// A device.
 pub(crate) struct Bed {
@@ -53,8 +55,23 @@ impl Bed {
         Arc::new(Cq::new(1, events, &self.bell, None))
     }
 
+    /// An SRQ of so many receives.
+    pub(crate) fn srq(&self, receives: u32) -> Arc<Srq> {
+        let geometry = SrqGeometry::new(receives, 1).unwrap();
+        let slot = self.slots.replace(self.slots.get() + 1);
+        let offset = self.allocate(geometry.len());
+        let given = NewSrq { number: 7, slot, offset, geometry, ring_offset: 0, ring_slot: 0 };
+        let attr = ffi::ibv_srq_attr { max_wr: receives, max_sge: 1, srq_limit: 0 };
+        srq::build(&self.arena, &self.bell, 0, &given, attr, None).unwrap()
+    }
+
     /// A QP in RTS whose queues hold `depth` work requests each.
     pub(crate) fn qp(&self, cq: &Arc<Cq>, qp_type: u32, depth: u32) -> TestQp {
+        self.qp_with(cq, qp_type, depth, None)
+    }
+
+    /// The same, which may take its receives from an SRQ.
+    pub(crate) fn qp_with(&self, cq: &Arc<Cq>, qp_type: u32, depth: u32, srq: Option<&Arc<Srq>>) -> TestQp {
         // SAFETY: integers and pointers, for which zero is a value.
         let mut attr: ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         attr.qp_type = qp_type;
@@ -71,7 +88,7 @@ impl Bed {
         let (send_slot, recv_slot) = (slot * 2, slot * 2 + 1);
         let offset = self.allocate(geometry.len());
         let given = NewQp { qpn: 100 + slot, slot, offset, geometry, send_slot, recv_slot };
-        let parts = Parts { send_cq: Some(Arc::clone(cq)), recv_cq: Some(Arc::clone(cq)), srq: None };
+        let parts = Parts { send_cq: Some(Arc::clone(cq)), recv_cq: Some(Arc::clone(cq)), srq: srq.cloned() };
         let qp = qp_create::build(&self.arena, &self.bell, 0, &given, limits, parts).unwrap();
         qp.area.header.state().store(QpState::Rts.value(), Ordering::Relaxed);
         TestQp {

@@ -89,6 +89,28 @@ fn completions_of_a_destroyed_qp_vanish() {
 }
 
 #[test]
+fn receives_of_an_srq_whose_completions_went_with_a_qp_are_free_again() {
+    let bed = Bed::new();
+    let cq = bed.cq();
+    let srq = bed.srq(4);
+    let qp = bed.qp_with(&cq, ffi::IBV_QPT_RC, 4, Some(&srq));
+    let slots = srq.fill(9);
+    assert_eq!(slots.len(), 4);
+    slots[..3].iter().for_each(|slot| qp.complete(Side::Recv, *slot, 1));
+    assert_eq!(poll(&cq, 1).len(), 1);
+    assert_eq!(srq.used(), 3);
+    // A RESET that was refused: nothing is lost.
+    qp.qp.close_rings();
+    assert!(poll(&cq, 1).is_empty());
+    qp.qp.reopen_rings();
+    assert_eq!((poll(&cq, 1).len(), srq.used()), (1, 2));
+    qp.qp.close_rings();
+    qp.qp.detach();
+    assert_eq!((poll(&cq, 1).len(), srq.used()), (0, 1), "the one that nobody has taken");
+    assert_eq!(srq.fill(9).len(), 3);
+}
+
+#[test]
 fn what_a_dead_router_left_is_flushed_in_order() {
     let bed = Bed::new();
     let cq = bed.cq();
