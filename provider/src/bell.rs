@@ -79,23 +79,24 @@ impl Bell {
         self.lane.worker_on(rustix::thread::sched_getcpu())
     }
 
-    /// Lets the worker on this processor run if it waits for that and has not been let after the last doorbell.
+    /// Lets the worker on this processor run if it waits for that and has not been let after the last doorbell. True:
+    /// it has been let now.
     #[inline]
-    pub(crate) fn give_way(&self) {
-        if self.left.load(Ordering::Relaxed) {
+    pub(crate) fn give_way(&self) -> bool {
+        self.left.load(Ordering::Relaxed) && {
             self.left.store(false, Ordering::Relaxed);
-            if self.own_worker().is_some_and(|worker| self.lane.doing(worker) == Doing::Yield) {
-                self.step_aside();
-            }
+            let waits = self.own_worker().is_some_and(|worker| self.lane.doing(worker) == Doing::Yield);
+            waits && self.step_aside()
         }
     }
 
-    /// Lets the router run, where there are not processors enough for all.
+    /// Lets the router run, where there are not processors enough for all. True: there are not.
     #[inline]
-    pub(crate) fn step_aside(&self) {
+    pub(crate) fn step_aside(&self) -> bool {
         if self.is_crowded {
             rustix::thread::sched_yield();
         }
+        self.is_crowded
     }
 
     /// The health of the device.

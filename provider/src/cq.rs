@@ -101,13 +101,14 @@ impl Cq {
         if self.bell.health().is_dead() { rings.flush(limit, emit) } else { 0 }
     }
 
-    /// After a poll that found nothing for the `idle`th time: lets others run now and then.
+    /// After a poll that found nothing for the `idle`th time: lets others run now and then. True: it did, so look again.
+    /// Who is told that there is nothing may look at something else next that has come later: a disconnection.
     #[inline]
-    pub(crate) fn rest(&self, idle: u32) {
+    pub(crate) fn rest(&self, idle: u32) -> bool {
         if idle.is_multiple_of(IDLE_POLLS) {
-            self.bell.step_aside();
-        } else if idle.is_multiple_of(SHORT_WAIT) {
-            self.bell.give_way();
+            self.bell.step_aside()
+        } else {
+            idle.is_multiple_of(SHORT_WAIT) && self.bell.give_way()
         }
     }
 
@@ -302,19 +303,20 @@ pub(crate) unsafe extern "C" fn poll(cq: *mut ibv_cq, count: c_int, into: *mut i
         if cq.bell.health().is_child() {
             return -1;
         }
-        let mut rings = cq.rings.lock();
         let mut next = into;
-        let taken = cq.take(&mut rings, limit, &mut |number, cqe| {
+        let mut emit = |number, cqe: &Cqe| {
             // SAFETY: the application passes room for `count` completions, and no more than that are taken.
             unsafe {
                 next.write(completion(number, cqe));
                 next = next.add(1);
             }
-        });
+        };
+        let mut rings = cq.rings.lock();
+        let mut taken = cq.take(&mut rings, limit, &mut emit);
         let idle = rings.idle;
         drop(rings);
-        if taken == 0 {
-            cq.rest(idle);
+        if taken == 0 && cq.rest(idle) {
+            taken = cq.take(&mut cq.rings.lock(), limit, &mut emit);
         }
         taken as c_int
     })

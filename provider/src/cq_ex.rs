@@ -112,6 +112,25 @@ unsafe fn show_next(cq: *mut ibv_cq_ex) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Shows the next completion and keeps the lock; without one the application does not call `end_poll`, so the lock is
+/// given up. The error is for how many polls there has been none.
+///
+/// # Safety
+/// `cq` must be a live extended CQ of ours.
+unsafe fn begin(cq: *mut ibv_cq_ex) -> Result<(), u32> {
+    // SAFETY: the caller's promise.
+    let own = unsafe { Cq::of(cq.cast()) };
+    own.rings.acquire();
+    // SAFETY: the lock was taken just now, and is given up where this thread does not hold it for the application.
+    unsafe {
+        show_next(cq).map_err(|_| {
+            let idle = own.rings.held().idle;
+            own.rings.release();
+            idle
+        })
+    }
+}
+
 unsafe extern "C" fn start_poll(cq: *mut ibv_cq_ex, attr: *mut ibv_poll_cq_attr) -> c_int {
     edge::status(|| {
         // SAFETY: the application passes a live extended CQ of ours.
@@ -121,17 +140,13 @@ unsafe extern "C" fn start_poll(cq: *mut ibv_cq_ex, attr: *mut ibv_poll_cq_attr)
         if unsafe { (*attr).comp_mask } != 0 {
             return Err(Errno::INVAL);
         }
-        own.rings.acquire();
-        // SAFETY: the lock was taken just now.
-        let result = unsafe { show_next(cq) };
-        if result.is_err() {
-            // SAFETY: as above; the reference ends in this expression.
-            let idle = unsafe { own.rings.held() }.idle;
-            // SAFETY: as above; the application does not call `end_poll` after an error.
-            unsafe { own.rings.release() };
-            own.rest(idle);
+        // SAFETY: the application passes a live extended CQ of ours.
+        unsafe {
+            match begin(cq) {
+                Err(idle) if own.rest(idle) => begin(cq).map_err(|_| Errno::NOENT),
+                begun => begun.map_err(|_| Errno::NOENT),
+            }
         }
-        result
     })
 }
 
