@@ -16,13 +16,13 @@ use verbs_abi::{
     verbs::{EventType, Opcode, QpState, QpType},
 };
 
-use super::{Fabric, Qp, access::Half, control::Controls, schedule::WORK};
+use super::{Fabric, Qp, access::Half, calls::Calls, control::Controls, schedule::WORK};
 use crate::{
     Attempt, Memory,
     shadow::{Shadow, Stage},
     wire::{
-        Condition, Emit, Initiator, Late, Load, Located, Outbox, Outcome, Path, Pieces, Place, Reaped,
-        Target,
+        Condition, Emit, Initiator, Late, Load, Located, Outbox, Outcome, Path, Pieces, Place,
+        Reaped, Target,
         packet::{Header, Kind, SOLICITED},
     },
 };
@@ -96,7 +96,9 @@ pub(super) struct Links {
     /// QPs that owe their peers something, by index and number.
     owing: Vec<(usize, u32)>,
     /// Streams over which something is to be sent.
-    calls: BTreeSet<Stream>,
+    calls: Calls,
+    /// Streams for whose room QPs stand in line.
+    lines: BTreeSet<Stream>,
     next_stream: u32,
 }
 
@@ -154,6 +156,13 @@ impl Links {
     /// Our number of a tenant of a router's.
     pub(super) fn tenant(&mut self, peer: u32, theirs: u32) -> Option<u32> {
         self.link(peer).tenants.get(&theirs).copied()
+    }
+
+    /// A QP waits for room in a stream.
+    fn stand_in_line(&mut self, stream: Stream, qpn: u32) {
+        self.outbox(stream).wait(qpn);
+        self.lines.insert(stream);
+        self.call(stream);
     }
 
     /// Something is to be sent over a stream.
@@ -245,7 +254,7 @@ impl<M: Memory> Fabric<M> {
         link.agreed = streams.max(1);
         if before != link.agreed {
             self.interrupt(peer, None);
-            (0..before).for_each(|index| self.let_go_on(Stream { peer, index }));
+            (0..before).for_each(|index| self.let_all_go_on(Stream { peer, index }));
         }
     }
 
@@ -270,7 +279,7 @@ impl<M: Memory> Fabric<M> {
             }
         }
         if let Some(index) = index {
-            self.let_go_on(Stream { peer, index });
+            self.let_all_go_on(Stream { peer, index });
         }
     }
 
@@ -280,11 +289,11 @@ impl<M: Memory> Fabric<M> {
 
     /// A stream over which something is to be sent, once.
     pub fn next_call(&mut self) -> Option<Stream> {
-        self.links.calls.pop_first()
+        self.links.calls.take_next()
     }
 
-    /// Takes what is to be sent over a stream: whole packets, one after the other. False: nothing. Those that waited
-    /// for room have their turns then.
+    /// Takes what is to be sent over a stream: whole packets, one after the other. False: nothing. As many of those that
+    /// waited have their turns then as there is room for.
     pub fn take_packets(&mut self, stream: Stream, into: &mut Vec<u8>) -> bool {
         into.clear();
         let (mut load, mut pieces) = (Load::default(), Pieces::default());
@@ -344,12 +353,43 @@ impl<M: Memory> Fabric<M> {
         });
     }
 
-    /// Gives turns to those that waited for a stream.
+    /// Gives turns to those that wait for a stream, as many as it has room for.
     fn let_go_on(&mut self, stream: Stream) {
-        for (at, qpn) in self.links.outbox(stream).take_waiting() {
-            if self.qps.get(at).is_some_and(|qp| qp.as_ref().is_some_and(|qp| qp.qpn == qpn)) {
-                self.stop_waiting(at);
-                self.schedule.enqueue(at);
+        while let Some(qpn) = self.links.outbox(stream).call_next() {
+            self.enqueue_called(qpn);
+            let (index, schedule) = (&self.qpn_index, &self.schedule);
+            if !index.get(&qpn).is_some_and(|at| schedule.has_turn(*at)) {
+                self.links.outbox(stream).settle(|other| other != qpn);
+            }
+        }
+    }
+
+    /// Gives turns to all that wait for a stream.
+    fn let_all_go_on(&mut self, stream: Stream) {
+        let waiting = self.links.outbox(stream).dissolve_line();
+        waiting.into_iter().for_each(|qpn| self.enqueue_called(qpn));
+    }
+
+    fn enqueue_called(&mut self, qpn: u32) {
+        if let Some(at) = self.qpn_index.get(&qpn).copied() {
+            self.stop_waiting(at);
+            self.schedule.enqueue(at);
+        }
+    }
+
+    /// Calls others in place of those that were called and wanted nothing.
+    pub(super) fn move_lines_up(&mut self) {
+        if self.links.lines.is_empty() {
+            return;
+        }
+        for stream in std::mem::take(&mut self.links.lines) {
+            let (index, schedule) = (&self.qpn_index, &self.schedule);
+            let has_turn = |qpn: u32| index.get(&qpn).is_some_and(|at| schedule.has_turn(*at));
+            if self.links.outbox(stream).settle(has_turn) {
+                self.let_go_on(stream);
+            }
+            if self.links.outbox(stream).has_line() {
+                self.links.lines.insert(stream);
             }
         }
     }
@@ -510,8 +550,7 @@ impl<M: Memory> Fabric<M> {
         let Some(qp) = self.qps[at].as_ref() else { return };
         let qpn = qp.qpn;
         let Some(stream) = qp.far.as_ref().map(|far| far.stream(&mut self.links)) else { return };
-        self.links.outbox(stream).wait(at, qpn);
-        self.links.call(stream);
+        self.links.stand_in_line(stream, qpn);
     }
 
     /// Sends what can be sent, and completes what was answered. True: there is more.
@@ -666,15 +705,14 @@ impl<M: Memory> Fabric<M> {
         let Some(client) = self.clients[qp.owner].as_ref() else { return Ok(()) };
         let stream = self.links.stream(peer, qp.qpn.wrapping_mul(0x9e37_79b9) >> 16);
         let outbox = self.links.outbox(stream);
-        if !outbox.has_room() && outbox.condition != Condition::Down {
+        if !outbox.has_room(qp.qpn) && outbox.condition != Condition::Down {
             let until = match patience {
                 Patience::Endless => None,
                 // Lost, as at a port that takes no more.
                 Patience::For(ns) if outbox.is_stuck(self.now, ns) => return Ok(()),
                 Patience::For(ns) => Some(self.now + ns),
             };
-            outbox.wait(at, qp.qpn);
-            self.links.call(stream);
+            self.links.stand_in_line(stream, qp.qpn);
             return Err(Attempt::Wait(until));
         }
         let sgid_index = usize::from(qp.requester.address().sgid_index);

@@ -7,6 +7,7 @@
 
 mod access;
 mod arrive;
+mod calls;
 mod control;
 mod datagrams;
 mod direct;
@@ -41,6 +42,7 @@ use verbs_abi::{
 use crate::{Bell, CompletionQueue, Memory, Requester, Responder, pace::Pace};
 
 use access::{Accesses, Counts};
+pub use calls::Calls;
 pub use control::{Control, Controls, MAX_WORDS};
 use far::{Far, Links};
 pub use far::{LinkFigures, Routing, Stream};

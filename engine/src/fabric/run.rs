@@ -162,6 +162,7 @@ impl<M: Memory> Fabric<M> {
         }
         self.spread_waiting();
         self.heed_overruns();
+        self.move_lines_up();
         self.tell();
         let spreads = self.has_waiting_datagrams();
         spreads || self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)

@@ -135,6 +135,11 @@ impl Schedule {
         }
     }
 
+    /// Whether a QP has a turn to come.
+    pub(super) fn has_turn(&self, at: usize) -> bool {
+        self.entries[at].queued
+    }
+
     /// Gives a QP that has used its turn and has more to do another one: the next, if its client's visit goes on.
     pub(super) fn enqueue_again(&mut self, at: usize) {
         let Entry { client, queued } = self.entries[at];

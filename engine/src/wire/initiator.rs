@@ -255,7 +255,7 @@ impl Initiator {
         }
         let reliable = requester.qp_type().is_reliable();
         let is_lost = !reliable && outbox.condition == Condition::Down;
-        if !outbox.has_room() && !is_lost {
+        if !outbox.has_room(path.source_qpn) && !is_lost {
             self.held_up = outbox.condition != Condition::Up;
             self.start_clock(requester, now);
             return Emit::NoRoom;

@@ -14,6 +14,7 @@
 //! Leaves to others: bytes on a socket and who the peers are (the host), turns and timers (`fabric`).
 
 mod initiator;
+mod line;
 mod load;
 mod outbox;
 pub mod packet;

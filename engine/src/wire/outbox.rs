@@ -1,8 +1,9 @@
 //! What waits to go over one stream of a link.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
 use super::{
+    line::Line,
     load::{Late, Load},
     packet::{HEADER, Header},
 };
@@ -34,9 +35,7 @@ pub(crate) struct Outbox {
     /// Bytes of that payload.
     late_bytes: usize,
     pub(crate) condition: Condition,
-    /// QPs that wait for room, by index and number.
-    waiting: VecDeque<(usize, u32)>,
-    among_waiting: HashSet<(usize, u32)>,
+    line: Line,
     /// Since when a datagram to a group finds no room, unless something was taken in between.
     stuck_since: Option<u64>,
 }
@@ -47,8 +46,8 @@ impl Outbox {
     }
 
     /// Whether a QP may add a packet with payload.
-    pub(crate) fn has_room(&self) -> bool {
-        self.condition == Condition::Up && self.len() < ROOM
+    pub(crate) fn has_room(&self, qpn: u32) -> bool {
+        self.condition == Condition::Up && self.len() < ROOM && self.line.admits(qpn)
     }
 
     /// Whether a packet without payload may be added.
@@ -84,6 +83,8 @@ impl Outbox {
         let filled = fill(&mut self.bytes);
         if filled.is_err() || self.condition != Condition::Up {
             self.bytes.truncate(before);
+        } else {
+            self.line.charge(header.path.source_qpn, self.bytes.len() - before);
         }
         filled
     }
@@ -97,20 +98,36 @@ impl Outbox {
             debug_assert!(end >= HEADER);
             self.late.push_back(Late { end, qp, qpn, psn, life, len, pieces: 0 });
             self.late_bytes += len;
+            self.line.charge(qpn, HEADER + len);
         }
     }
 
     /// Lets a QP wait for room.
-    pub(crate) fn wait(&mut self, at: usize, qpn: u32) {
-        if self.among_waiting.insert((at, qpn)) {
-            self.waiting.push_back((at, qpn));
-        }
+    pub(crate) fn wait(&mut self, qpn: u32) {
+        self.line.wait(qpn);
     }
 
-    /// Those that waited for room.
-    pub(crate) fn take_waiting(&mut self) -> VecDeque<(usize, u32)> {
-        self.among_waiting.clear();
-        std::mem::take(&mut self.waiting)
+    /// Calls a QP that waits, if there is room beside what those that were called may still use.
+    pub(crate) fn call_next(&mut self) -> Option<u32> {
+        let has_room = self.condition == Condition::Up && self.len() + self.line.promised() < ROOM;
+        if has_room { self.line.call() } else { None }
+    }
+
+    /// Those that were called and have no turn any more leave room for others. False: nobody was called.
+    pub(crate) fn settle(&mut self, has_turn: impl FnMut(u32) -> bool) -> bool {
+        let had_called = self.line.has_called();
+        self.line.settle(has_turn);
+        had_called
+    }
+
+    /// Whether anybody waits or was called.
+    pub(crate) fn has_line(&self) -> bool {
+        !self.line.is_idle()
+    }
+
+    /// All that waited, who need not wait any longer.
+    pub(crate) fn dissolve_line(&mut self) -> Vec<u32> {
+        self.line.dissolve()
     }
 
     /// Swaps what waits for a load that is done with. False: nothing waits.

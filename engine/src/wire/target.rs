@@ -387,7 +387,7 @@ impl Target {
             Ok(span) => span,
             Err(reply) => return Ok(reply),
         };
-        if !outbox.has_room() {
+        if !outbox.has_room(path.source_qpn) {
             return Err(Outcome::NoRoom);
         }
         let (at, left) = (u64::from(header.offset), u64::from(header.total - header.offset));

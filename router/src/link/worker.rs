@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::Stream;
+use engine::{Calls, Stream};
 use rustix::event::{Timespec, epoll};
 
 use super::{
@@ -73,7 +73,7 @@ pub(super) struct Worker {
     /// In which life each router was seen last.
     instances: BTreeMap<u32, u64>,
     /// Streams over which something is to be sent.
-    calls: BTreeSet<Stream>,
+    calls: Calls,
     called: Vec<Stream>,
     next_ping: Instant,
     /// Connections that may have more to be read.
@@ -100,7 +100,7 @@ impl Worker {
             peers: BTreeMap::new(),
             instances: BTreeMap::new(),
             next_ping: Instant::now(),
-            calls: BTreeSet::new(),
+            calls: Calls::default(),
             called: Vec::new(),
             unread: BTreeSet::new(),
             complaints: Throttle::new(),
@@ -129,7 +129,7 @@ impl Worker {
                 self.read(token);
             }
             self.look_at_clock();
-            while let Some(peer) = self.calls.pop_first() {
+            while let Some(peer) = self.calls.take_next() {
                 self.answer(peer);
             }
         }

@@ -5,8 +5,8 @@ use super::{schedule::QUANTUM, *};
 /// Where memory is mapped, as most memory is.
 const MAPPED: u64 = 64 * 1024;
 
-/// A further QP of `app`'s client in RTS, connected to itself, with its queue full of writes of `len` bytes.
-fn flood(fabric: &mut Fabric<TestMemory>, app: &App, len: u32) -> QueueArea {
+/// A further QP of `app`'s client: its number, its doorbell and its queues.
+pub(super) fn further_qp(fabric: &mut Fabric<TestMemory>, app: &App) -> (u32, u32, QueueArea) {
     let geometry = Geometry::new(16, 16, 1, 1, 0).unwrap();
     let area = QueueArea::new(&Window::heap(geometry.len()), 0, geometry).unwrap();
     let cap =
@@ -22,18 +22,29 @@ fn flood(fabric: &mut Fabric<TestMemory>, app: &App, len: u32) -> QueueArea {
     };
     let init = QpInit { create, geometry, area: area.clone(), offset: 0 };
     let qp = fabric.create_qp(app.client, init).unwrap();
-    for state in [QpState::Init, QpState::Rtr, QpState::Rts] {
-        fabric_modify(fabric, (app.client, qp.qpn), state, (app.client, qp.qpn), QpType::Rc);
-    }
+    (qp.qpn, qp.slot, area)
+}
+
+/// Fills a send queue with writes of `len` bytes to the memory of `target`.
+pub(super) fn fill_queue(area: &QueueArea, app: &App, target: &App, len: u32) {
     let mut tail = 0;
     for _ in 0..16 {
         let mut wqe = send(Opcode::Write, app.sge(MAPPED, len));
         wqe.flags = 0;
-        (wqe.remote_addr, wqe.rkey) = (app.addr() + (1 << 19), app.key);
+        (wqe.remote_addr, wqe.rkey) = (target.addr() + (1 << 19), target.key);
         tail += wqe.encode(|i, block| area.write_sq_block(tail + i, block));
     }
     area.header.sq_tail().store(tail, Ordering::Release);
-    app.doorbells.ring(qp.slot);
+}
+
+/// A further QP of `app`'s client in RTS, connected to itself, with its queue full of writes of `len` bytes.
+fn flood(fabric: &mut Fabric<TestMemory>, app: &App, len: u32) -> QueueArea {
+    let (qpn, slot, area) = further_qp(fabric, app);
+    for state in [QpState::Init, QpState::Rtr, QpState::Rts] {
+        fabric_modify(fabric, (app.client, qpn), state, (app.client, qpn), QpType::Rc);
+    }
+    fill_queue(&area, app, app, len);
+    app.doorbells.ring(slot);
     area
 }
 

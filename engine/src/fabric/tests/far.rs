@@ -13,6 +13,7 @@ mod groups;
 mod placed;
 mod property;
 mod refusals;
+mod shares;
 mod streams;
 
 /// Each knows the other as its peer 0.
@@ -53,6 +54,8 @@ pub(super) struct Hosts {
     /// Whether payload is read to where it belongs, and how many packets were.
     places: bool,
     placed: u64,
+    /// Payload of requests that has come, by the number of the QP it was for.
+    carried: HashMap<u32, u64>,
 }
 
 impl Hosts {
@@ -71,6 +74,7 @@ impl Hosts {
             blocked: Vec::new(),
             places: true,
             placed: 0,
+            carried: HashMap::new(),
         }
     }
 
@@ -146,6 +150,10 @@ impl Hosts {
     fn hand_over(&mut self, at: usize, packet: &[u8]) {
         let fabric = &mut self.fabrics[at];
         let (header, payload) = packet.split_first_chunk::<{ packet::HEADER }>().unwrap();
+        let told = Header::decode(header).unwrap();
+        if told.kind == Kind::Request {
+            *self.carried.entry(told.path.target_qpn).or_default() += payload.len() as u64;
+        }
         let mut pieces = Vec::new();
         if !self.places || !fabric.aim(PEER, header, &mut |piece| pieces.push(piece)) {
             return fabric.receive(PEER, packet, self.now).unwrap();
