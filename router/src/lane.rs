@@ -101,6 +101,8 @@ pub(crate) struct Lane {
     sleeps: AtomicU64,
     /// When a sleeping lane wakes by itself.
     sleeps_until: AtomicU64,
+    /// When an acknowledgement must go to another host that waits for something to go with it.
+    next_ack: AtomicU64,
     /// Who is told what is to be sent to other hosts.
     caller: OnceLock<Arc<Caller>>,
     has_nic: AtomicBool,
@@ -134,6 +136,7 @@ impl Lane {
             stopping: AtomicBool::new(false),
             sleeps: AtomicU64::new(0),
             sleeps_until: AtomicU64::new(u64::MAX),
+            next_ack: AtomicU64::new(u64::MAX),
             caller: OnceLock::new(),
             has_nic: AtomicBool::new(false),
         };
@@ -238,13 +241,20 @@ impl Lane {
             give_out(fabric) || more
         });
         calls.extend(std::iter::from_fn(|| fabric.next_call()));
-        let timer = fabric.next_timer().unwrap_or(u64::MAX);
+        // For acknowledgements this thread looks at the clock itself.
+        let timer = fabric.next_turn().unwrap_or(u64::MAX);
+        self.next_ack.store(fabric.next_ack().unwrap_or(u64::MAX), Ordering::Relaxed);
         drop(seat);
         fence(Ordering::SeqCst);
         if self.page.is_asleep() && (more || timer < self.sleeps_until.load(Ordering::SeqCst)) {
             self.wake();
         }
         result
+    }
+
+    /// When the thread of the links has to look at the fabric by itself, ns.
+    pub(crate) fn next_ack(&self) -> Option<u64> {
+        Some(self.next_ack.load(Ordering::Relaxed)).filter(|due| *due != u64::MAX)
     }
 
     /// Does something to the fabric by the lane itself, which looks at it afterwards.
@@ -374,7 +384,7 @@ impl Lane {
                 break;
             }
         }
-        look.timer = fabric.next_timer();
+        look.timer = fabric.next_turn();
         let first_call = fabric.next_call();
         let calls: Vec<Stream> =
             first_call.into_iter().chain(std::iter::from_fn(|| fabric.next_call())).collect();

@@ -172,6 +172,9 @@ impl<M: Memory> Fabric<M> {
             if self.follow(at, outcome) && waits {
                 self.schedule.enqueue(at);
             }
+            if outcome == Outcome::Over && self.put_off_ack(at, header) {
+                return;
+            }
         }
         self.owe(at);
     }

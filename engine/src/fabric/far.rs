@@ -5,7 +5,7 @@
 //! and goes. Leaves to others: what a packet does (`wire`, `arrive`), which router serves an address ([`Routing`]).
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     fmt::Debug,
     sync::Arc,
 };
@@ -21,7 +21,7 @@ use crate::{
     Attempt, Memory,
     shadow::{Shadow, Stage},
     wire::{
-        Condition, Emit, Initiator, Late, Load, Located, Outbox, Outcome, Path, Pieces, Place,
+        Condition, Delay, Emit, Initiator, LATE, Late, Load, Located, Outbox, Outcome, Path, Pieces, Place,
         Reaped, Target,
         packet::{Header, Kind, SOLICITED},
     },
@@ -81,6 +81,7 @@ pub(super) struct Far {
     pub(super) target: Target,
     /// Among those that owe their peers something.
     owing: bool,
+    delay: Delay,
     /// What a NIC does for it.
     pub(super) shadow: Option<Box<Shadow>>,
 }
@@ -95,6 +96,8 @@ pub(super) struct Links {
     streams: u32,
     /// QPs that owe their peers something, by index and number.
     owing: Vec<(usize, u32)>,
+    /// QPs whose acknowledgements wait for a request: until when, index and number. Also of those that wait no longer.
+    delayed: VecDeque<(u64, usize, u32)>,
     /// Streams over which something is to be sent.
     calls: Calls,
     /// Streams for whose room QPs stand in line.
@@ -425,6 +428,7 @@ impl<M: Memory> Fabric<M> {
                 initiator,
                 target,
                 owing: false,
+                delay: Delay::default(),
                 shadow: None,
             }));
         }
@@ -621,7 +625,14 @@ impl<M: Memory> Fabric<M> {
         let Some(far) = qp.far.as_mut() else { return Emit::Idle };
         let stream = far.stream(&mut self.links);
         let outbox = self.links.outbox(stream);
+        if far.delay.due().is_some() && qp.requester.has_work() && outbox.has_reply_room() {
+            far.target.tell(&far.path, outbox, false);
+            far.delay.end(false);
+        }
         let emit = far.initiator.emit(&mut qp.requester, &client.memory, &far.path, outbox, when, at);
+        if matches!(emit, Emit::Sent(_)) {
+            far.delay.answer(when.1);
+        }
         let repeated = far.initiator.take_repeated();
         self.links.link(stream.peer).figures.repeated += repeated;
         emit
@@ -646,10 +657,47 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
+    /// Lets the acknowledgement of a message that was executed wait for a request that goes the same way, where one can be
+    /// expected: this end has nothing under way, and answers soon. False: it does not wait.
+    pub(super) fn put_off_ack(&mut self, at: usize, header: &Header) -> bool {
+        let Some(qp) = self.qps[at].as_mut() else { return false };
+        let Some(far) = qp.far.as_mut().filter(|far| far.shadow.is_none() && !far.owing) else {
+            return false;
+        };
+        let is_short = header.len == header.total && u64::from(header.len) < LATE;
+        let may_wait = is_short && far.target.owes_ack_alone() && !far.initiator.has_begun();
+        let due = far.delay.put_off(may_wait, self.now);
+        self.links.delayed.extend(due.map(|due| (due, at, qp.qpn)));
+        due.is_some()
+    }
+
+    /// When an acknowledgement that waits for a request must go by itself, ns.
+    #[must_use]
+    pub fn next_ack(&self) -> Option<u64> {
+        self.links.delayed.front().map(|(due, ..)| *due)
+    }
+
+    /// Owes what has waited for long enough, and forgets what waits no longer.
+    fn end_delays(&mut self) {
+        while let Some(&(due, at, qpn)) = self.links.delayed.front() {
+            let qp = self.qps.get_mut(at).and_then(Option::as_mut).filter(|qp| qp.qpn == qpn);
+            let far = qp.and_then(|qp| qp.far.as_mut()).filter(|far| far.delay.due() == Some(due));
+            if far.is_some() && due > self.now {
+                return;
+            }
+            self.links.delayed.pop_front();
+            if let Some(far) = far {
+                far.delay.end(true);
+                self.owe(at);
+            }
+        }
+    }
+
     /// Notes that a QP may owe its peer something.
     pub(super) fn owe(&mut self, at: usize) {
         let Some(qp) = self.qps[at].as_mut() else { return };
-        if let Some(far) = qp.far.as_mut().filter(|far| !far.owing && far.target.owes()) {
+        let waits = |far: &Far| far.delay.due().is_some() && far.target.owes_ack_alone();
+        if let Some(far) = qp.far.as_mut().filter(|far| !far.owing && far.target.owes() && !waits(far)) {
             far.owing = true;
             self.links.owing.push((at, qp.qpn));
         }
@@ -657,6 +705,7 @@ impl<M: Memory> Fabric<M> {
 
     /// Tells peers what they are owed, as far as there is room for it.
     pub(super) fn tell(&mut self) {
+        self.end_delays();
         if self.links.owing.is_empty() {
             return;
         }
@@ -666,6 +715,7 @@ impl<M: Memory> Fabric<M> {
             let Some(far) = qp.and_then(|qp| qp.far.as_mut()) else { return false };
             let stream = far.stream(&mut self.links);
             far.owing = !far.target.tell(&far.path, self.links.outbox(stream), false);
+            far.delay.end(false);
             self.links.call(stream);
             far.owing
         });

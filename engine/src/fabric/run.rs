@@ -121,6 +121,12 @@ impl<M: Memory> Fabric<M> {
     /// The earliest time at which a waiting QP must be looked at, ns.
     #[must_use]
     pub fn next_timer(&self) -> Option<u64> {
+        self.schedule.next_timer().into_iter().chain(self.next_ack()).min()
+    }
+
+    /// The same, but for acknowledgements that wait: [`Self::next_ack`] tells when to look for those.
+    #[must_use]
+    pub fn next_turn(&self) -> Option<u64> {
         self.schedule.next_timer()
     }
 
@@ -165,7 +171,7 @@ impl<M: Memory> Fabric<M> {
         self.move_lines_up();
         self.tell();
         let spreads = self.has_waiting_datagrams();
-        spreads || self.schedule.len() > 0 || self.schedule.next_timer().is_some_and(|when| when <= now)
+        spreads || self.schedule.len() > 0 || self.next_timer().is_some_and(|when| when <= now)
     }
 
     /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.

@@ -13,6 +13,7 @@
 //! sent again: payload is read from registered memory anew, and results of atomics are remembered.
 //! Leaves to others: bytes on a socket and who the peers are (the host), turns and timers (`fabric`).
 
+mod delay;
 mod initiator;
 mod line;
 mod load;
@@ -20,6 +21,7 @@ mod outbox;
 pub mod packet;
 mod target;
 
+pub(crate) use delay::Delay;
 pub(crate) use initiator::{Emit, Initiator, Located, Place, Reaped};
 pub(crate) use load::Late;
 pub use load::{Load, Piece, Pieces};

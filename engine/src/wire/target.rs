@@ -422,6 +422,12 @@ impl Target {
         ack || gap || ready || found.is_some() || rnr.is_some() || nak.is_some()
     }
 
+    /// Whether the peer is owed an acknowledgement and nothing else.
+    pub(crate) fn owes_ack_alone(&self) -> bool {
+        let Owed { ack, gap, ready, rnr, nak, found } = self.owed;
+        ack && !(gap || ready || found.is_some() || rnr.is_some() || nak.is_some())
+    }
+
     /// Tells the peer what it is owed. False: there is no room for it.
     pub(crate) fn tell(&mut self, path: &Path, outbox: &mut Outbox, forced: bool) -> bool {
         if !outbox.has_reply_room() && !forced {

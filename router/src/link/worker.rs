@@ -140,18 +140,24 @@ impl Worker {
         if !self.unread.is_empty() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
+        // Finer than the rest, which may come a little late.
+        let ack = self.lane.next_ack().map(|due| Duration::from_nanos(due.saturating_sub(lane::now())));
         let now = Instant::now();
         let young = self.connections.values().filter(|connection| connection.stage != Stage::Up);
         let patience = young.map(|connection| connection.since + PATIENCE);
         let retries = self.peers.values().filter(|peer| peer.wanted).filter_map(|peer| peer.retry);
         let ping = self.peers.values().any(|peer| peer.link.is_some()).then_some(self.next_ping);
-        let first = patience.chain(retries).chain(ping).min()?;
-        let left = first.saturating_duration_since(now) + Duration::from_millis(1);
+        let first = patience.chain(retries).chain(ping).min();
+        let left = first.map(|first| first.saturating_duration_since(now) + Duration::from_millis(1));
+        let left = left.into_iter().chain(ack).min()?;
         Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
     }
 
     /// Ends what takes too long, and calls those again that did not answer.
     fn look_at_clock(&mut self) {
+        if self.lane.next_ack().is_some_and(|due| due <= lane::now()) {
+            self.change(|_| ());
+        }
         let now = Instant::now();
         let slow =
             |connection: &Connection| connection.stage != Stage::Up && now > connection.since + PATIENCE;

@@ -8,6 +8,7 @@ use crate::wire::{
     packet::{self, Header, Kind},
 };
 
+mod acks;
 mod control;
 mod groups;
 mod placed;
@@ -47,6 +48,8 @@ pub(super) struct Hosts {
     /// Bytes that are delivered before the link breaks by itself.
     pub(super) fuse: Option<usize>,
     sent: u64,
+    /// How often something was sent at once, as a socket is written to.
+    writes: u64,
     /// By stream.
     sent_over: Vec<u64>,
     /// Streams whose sockets take nothing.
@@ -70,6 +73,7 @@ impl Hosts {
             now: 0,
             fuse: None,
             sent: 0,
+            writes: 0,
             sent_over: vec![0],
             blocked: Vec::new(),
             places: true,
@@ -110,6 +114,7 @@ impl Hosts {
                 let mut bytes = Vec::new();
                 if self.fabrics[at].take_packets(Stream { peer: PEER, index: index as u32 }, &mut bytes) {
                     self.sent += bytes.len() as u64;
+                    self.writes += 1;
                     self.sent_over[index] += bytes.len() as u64;
                     self.pipes[1 - at].extend(bytes);
                     moved = true;
