@@ -184,20 +184,22 @@ impl Connection {
         peer: u32,
         received: &mut u64,
     ) -> Result<Read, Trouble> {
-        let mut pieces = Vec::new();
-        for _ in 0..ROUNDS {
+        let (mut pieces, mut is_dry) = (Vec::new(), false);
+        for _ in 0..=ROUNDS {
             if self.placing.is_none() {
                 *received += self.give_packets(fabric, peer)? as u64;
                 self.begin_placing(fabric, peer, &mut pieces);
+            }
+            if is_dry {
+                return Ok(Read::Dry);
             }
             let read = match self.placing {
                 Some(_) => self.read_placed(fabric, peer, &mut pieces, received)?,
                 None if self.is_secure => return Ok(Read::Dry),
                 None => self.read_more()?,
             };
-            if read == Read::Dry {
-                return Ok(Read::Dry);
-            }
+            // What a read to the end of the socket has brought is still to be given.
+            is_dry = read == Read::Dry;
         }
         Ok(Read::More)
     }
@@ -297,8 +299,7 @@ impl Connection {
         let wanted = room.len();
         let count = received(rustix::io::read(&self.stream, room))?;
         self.filled += count;
-        // A header may be read to its end with more behind it.
-        Ok(if count == wanted || self.filled >= HEADER && count > 0 { Read::More } else { Read::Dry })
+        Ok(if count == wanted { Read::More } else { Read::Dry })
     }
 
     /// What was read and not consumed.
