@@ -209,7 +209,7 @@ impl Mortal for Context {
             return;
         }
         log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
-        for qp in self.events.elements().qps.values() {
+        for qp in self.events.elements().qps() {
             qp.fail();
         }
         self.events.raise(EventType::DeviceFatal, 0);
@@ -222,7 +222,7 @@ impl Drop for Context {
         self.end();
         // A QP that was never destroyed and its CQs refer to each other.
         let abandoned = std::mem::take(&mut *self.events.elements());
-        for qp in abandoned.qps.values() {
+        for qp in abandoned.qps() {
             qp.detach();
         }
     }

@@ -173,12 +173,40 @@ struct Sources {
 /// What events can be about, by the numbers that the router knows.
 #[derive(Debug, Default)]
 pub(crate) struct Elements {
-    /// QPs by number.
-    pub(crate) qps: HashMap<u32, Arc<Qp>>,
+    /// QPs by number; an XRC receiver can be open more than once.
+    qps: HashMap<u32, VecDeque<Arc<Qp>>>,
     /// CQs by id.
     pub(crate) cqs: HashMap<u32, Arc<CqEvents>>,
     /// SRQs by number.
     pub(crate) srqs: HashMap<u32, Arc<Srq>>,
+}
+
+impl Elements {
+    /// All QPs.
+    pub(crate) fn qps(&self) -> impl Iterator<Item = &Arc<Qp>> {
+        self.qps.values().flatten()
+    }
+
+    /// Enters a QP.
+    pub(crate) fn add_qp(&mut self, qp: Arc<Qp>) {
+        self.qps.entry(qp.number()).or_default().push_back(qp);
+    }
+
+    /// Takes a QP out.
+    pub(crate) fn remove_qp(&mut self, qp: &Arc<Qp>) {
+        let Some(same) = self.qps.get_mut(&qp.number()) else { return };
+        same.retain(|other| !Arc::ptr_eq(other, qp));
+        if same.is_empty() {
+            self.qps.remove(&qp.number());
+        }
+    }
+
+    /// The QP that the next event about this number is for: the router raises one for each time that it is open.
+    fn next_qp(&mut self, number: u32) -> Option<&Arc<Qp>> {
+        let same = self.qps.get_mut(&number)?;
+        same.rotate_left(1);
+        same.back()
+    }
 }
 
 impl AsyncEvents {
@@ -210,7 +238,7 @@ impl AsyncEvents {
             let mut sources = lock(&self.sources);
             sources.router.pop().or_else(|| sources.local.pop_front())?
         };
-        let elements = self.elements();
+        let mut elements = self.elements();
         let element = match EventType::try_from(event.kind).ok()? {
             EventType::CqErr => {
                 let cq = elements.cqs.get(&event.element)?;
@@ -223,7 +251,7 @@ impl AsyncEvents {
                 srq.address()
             }
             kind if is_of_qp(kind) => {
-                let qp = elements.qps.get(&event.element)?;
+                let qp = elements.next_qp(event.element)?;
                 qp.async_delivered.fetch_add(1, Ordering::SeqCst);
                 qp.address()
             }

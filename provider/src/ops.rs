@@ -53,6 +53,7 @@ pub(crate) fn implementation(op: Op) -> Option<*const c_void> {
         Op::ModifyCq => cq::modify as *const (),
         Op::ModifyQpRateLimit => qp::modify_rate_limit as *const (),
         Op::ModifySrq => srq::modify as *const (),
+        Op::OpenQp => qp_create::open as *const (),
         Op::OpenXrcd => srq::open_xrcd as *const (),
         Op::PostSrqRecv => srq::post_recv as *const (),
         Op::QuerySrq => srq::query as *const (),

@@ -133,6 +133,10 @@ impl Qp {
     /// then.
     fn begin(&self, device: &Context, request: &Request, attr: &QpAttr, named: QpAttrMask) -> bool {
         let Ok(from) = QpState::try_from(self.state()) else { return false };
+        if self.limits.qp_type == QpType::XrcRecv {
+            // Others may have it open, too.
+            return false;
+        }
         let told = named.contains(QpAttrMask::STATE) && !named.contains(QpAttrMask::CUR_STATE);
         if !told || attr.qp_state != QpState::Init.value() || !matches!(from, QpState::Reset | QpState::Init)
         {
@@ -421,7 +425,7 @@ pub(crate) unsafe extern "C" fn destroy(qp: *mut ibv_qp) -> c_int {
         own.detach();
         own.send.lock().seat = None;
         device.link.release(&Request::DestroyQp { qpn: own.number })?;
-        device.events.elements().qps.remove(&own.number);
+        device.events.elements().remove_qp(&own);
         // SAFETY: initialised at creation, and signalled by libibverbs at each acknowledgement.
         unsafe {
             event::wait_for_acks(&raw mut (*qp).mutex, &raw mut (*qp).cond, || {

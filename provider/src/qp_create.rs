@@ -10,7 +10,7 @@ use verbs_abi::ffi::{
     self, ibv_context, ibv_cq, ibv_pd, ibv_qp, ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_xrcd,
 };
 use verbs_abi::ffi_private;
-use verbs_abi::proto::{Answer, CreateQp, NewQp, Request};
+use verbs_abi::proto::{Answer, CreateQp, NewQp, QpCap, Request};
 use verbs_abi::qp_attr;
 use verbs_abi::shm::Window;
 use verbs_abi::shm::queue::{Geometry, QueueArea};
@@ -21,6 +21,7 @@ use crate::abi::edge::{self, Errno};
 use crate::abi::layout::VERBS_QP_EX;
 use crate::abi::library::Verbs;
 use crate::bell::Bell;
+use crate::context::Context;
 use crate::cq::Cq;
 use crate::device;
 use crate::event;
@@ -129,6 +130,40 @@ pub(crate) unsafe extern "C" fn create_ex(
     })
 }
 
+/// Opens an XRC receiver that another process of the tenant has made, or this one.
+pub(crate) unsafe extern "C" fn open(
+    context: *mut ibv_context,
+    attr: *mut ffi::ibv_qp_open_attr,
+) -> *mut ibv_qp {
+    const NEEDED: u32 = ffi::IBV_QP_OPEN_ATTR_NUM | ffi::IBV_QP_OPEN_ATTR_XRCD | ffi::IBV_QP_OPEN_ATTR_TYPE;
+    edge::pointer(|| {
+        // SAFETY: libibverbs passes an open context of ours and the application's attributes.
+        let (device, attr) = unsafe { (device::state(context), &*attr) };
+        if attr.comp_mask >= ffi::IBV_QP_OPEN_ATTR_RESERVED {
+            return Err(Errno::OPNOTSUPP);
+        }
+        // SAFETY: the application names a live domain, or none.
+        let is_ours = !attr.xrcd.is_null() && unsafe { (*attr.xrcd).context } == context;
+        if attr.comp_mask & NEEDED != NEEDED || !is_ours || attr.qp_type != ffi::IBV_QPT_XRC_RECV {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: as above.
+        let xrcd = unsafe { Xrcd::of(attr.xrcd) }.id;
+        let request = Request::OpenQp { xrcd, qpn: attr.qp_num };
+        let (Answer::Qp(given), _) = device.link.ask(&request, &[])? else { return Err(Errno::PROTO) };
+        let limits =
+            Limits { qp_type: QpType::XrcRecv, cap: QpCap::default(), sq_sig_all: false, opcodes: 0 };
+        let parts = Parts { send_cq: None, recv_cq: None, srq: None };
+        // SAFETY: integers and pointers, for which zero is a value.
+        let mut shown: ibv_qp_init_attr = unsafe { std::mem::zeroed() };
+        (shown.qp_context, shown.qp_type) = (attr.qp_context, attr.qp_type);
+        let object = make(device, (context, ptr::null_mut()), &shown, &given, limits, parts)?;
+        // SAFETY: just made. Others may have brought it anywhere.
+        unsafe { (*object.cast::<ibv_qp>()).state = ffi::IBV_QPS_UNKNOWN };
+        Ok(object.cast())
+    })
+}
+
 /// What `ibv_create_qp_ex` can ask for beside the rest.
 #[derive(Clone, Copy, Default)]
 struct Extras {
@@ -229,8 +264,29 @@ unsafe fn new(
         sq_sig_all: limits.sq_sig_all,
     });
     let (Answer::Qp(given), _) = device.link.ask(&request, &[])? else { return Err(Errno::PROTO) };
+    let object = make(device, (context, pd), attr, &given, limits, parts)?;
+    if extras.send_ops {
+        // SAFETY: just made; there is room for every release's `verbs_qp`.
+        unsafe { show_extended(object)? }
+    }
+    if let Home::Pd(pd) = home {
+        // SAFETY: the caller's promise.
+        unsafe { Pd::of(pd) }.hold();
+    }
+    Ok(object)
+}
+
+/// The object of a QP that the router has given, as C sees it.
+fn make(
+    device: &Context,
+    at: (*mut ibv_context, *mut ibv_pd),
+    attr: &ibv_qp_init_attr,
+    given: &NewQp,
+    limits: Limits,
+    parts: Parts,
+) -> Result<*mut QpObject, Errno> {
     let object = Box::into_raw(Box::<QpObject>::new_uninit()).cast::<QpObject>();
-    let Some(qp) = build(&device.arena, &device.bell, object as u64, &given, limits, parts) else {
+    let Some(qp) = build(&device.arena, &device.bell, object as u64, given, limits, parts) else {
         // SAFETY: allocated above, and nobody else has it.
         drop(unsafe { Box::from_raw(object.cast::<std::mem::MaybeUninit<QpObject>>()) });
         return Err(Errno::PROTO);
@@ -238,17 +294,9 @@ unsafe fn new(
     // SAFETY: just allocated.
     unsafe {
         object.write(QpObject::new(&qp));
-        show(object, (context, pd), attr, &qp);
+        show(object, at, attr, &qp);
     }
-    if extras.send_ops {
-        // SAFETY: as above; there is room for every release's `verbs_qp`.
-        unsafe { show_extended(object)? }
-    }
-    if let Home::Pd(pd) = home {
-        // SAFETY: the caller's promise.
-        unsafe { Pd::of(pd) }.hold();
-    }
-    device.events.elements().qps.insert(qp.number, qp);
+    device.events.elements().add_qp(qp);
     Ok(object)
 }
 

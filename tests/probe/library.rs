@@ -79,6 +79,8 @@ library! {
     ibv_modify_qp: fn(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
     ibv_query_qp: fn(*mut ibv_qp, *mut ibv_qp_attr, c_int, *mut ibv_qp_init_attr) -> c_int;
     ibv_destroy_qp: fn(*mut ibv_qp) -> c_int;
+    ibv_destroy_srq: fn(*mut ibv_srq) -> c_int;
+    ibv_qp_to_qp_ex: fn(*mut ibv_qp) -> *mut ibv_qp_ex;
     ibv_attach_mcast: fn(*mut ibv_qp, *const ibv_gid, u16) -> c_int;
     ibv_detach_mcast: fn(*mut ibv_qp, *const ibv_gid, u16) -> c_int;
     ibv_create_ah: fn(*mut ibv_pd, *mut ibv_ah_attr) -> *mut ibv_ah;

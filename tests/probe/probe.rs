@@ -27,6 +27,7 @@ mod stall;
 mod stream;
 mod tcp;
 mod verbs;
+mod xrc;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -40,7 +41,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 const USAGE: &str = "\
 usage: freeflow-probe list | check NAME | imports | open | hold COUNT | idle-qps COUNT | outage | cm-outage | stall | stream SECONDS
        freeflow-probe meet FOLDER OWN-NAME OTHER-NAME | exhaust | flood COUNT | registration BYTES
-       freeflow-probe beside DEVICE GID-INDEX
+       freeflow-probe beside DEVICE GID-INDEX | xrc-second FILE RECEIVER SENDER
        freeflow-probe across FOLDER OWN-NAME OTHER-NAME SECONDS QPS TIMEOUT RETRIES
        freeflow-probe cable NAMESPACE NAMESPACE FILE SECONDS
        freeflow-probe tcp-echo PORT | tcp-exchange ADDRESS:PORT
@@ -107,6 +108,7 @@ fn perform(words: &[&str]) -> Result<()> {
         ["cm-outage"] => outage::survive_by_name(),
         ["beside", device, gid_index] => beside::beside(device, gid_index.parse()?),
         ["stall"] => stall::run(),
+        ["xrc-second", file, receiver, sender] => xrc::second(file, receiver.parse()?, sender.parse()?),
         ["stream", seconds] => stream::run(Duration::from_secs(seconds.parse()?)),
         ["kill-loop", "--rounds", rounds, "--seed", seed] => kills::run(rounds.parse()?, seed.parse()?),
         _ => bail!("{USAGE}"),

@@ -25,6 +25,8 @@ pub(crate) struct Send<'a> {
     pub(crate) remote: (u64, u32),
     pub(crate) compare_add: u64,
     pub(crate) swap: u64,
+    /// The SRQ that an XRC request goes to.
+    pub(crate) srqn: u32,
     /// Where a datagram goes: AH, QP number and qkey.
     pub(crate) to: Option<(&'a Ah, u32, u32)>,
 }
@@ -41,6 +43,7 @@ impl Send<'_> {
             remote: (0, 0),
             compare_add: 0,
             swap: 0,
+            srqn: 0,
             to: None,
         }
     }
@@ -81,6 +84,7 @@ impl Send<'_> {
             ..ibv_send_wr::default()
         };
         raw.__bindgen_anon_1.imm_data = self.imm;
+        raw.qp_type.xrc = ibv_send_wr__bindgen_ty_3__bindgen_ty_1 { remote_srqn: self.srqn };
         let (remote_addr, rkey) = self.remote;
         if let Some((ah, remote_qpn, remote_qkey)) = self.to {
             raw.wr.ud = ibv_send_wr__bindgen_ty_2__bindgen_ty_3 { ah: ah.raw(), remote_qpn, remote_qkey };
@@ -157,6 +161,36 @@ impl Qp {
         let raw = unsafe { (library().ibv_create_qp)(pd.raw(), &mut attr) };
         let code = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
         let raw = NonNull::new(raw).ok_or(Errno { verb: "ibv_create_qp", code })?;
+        // SAFETY: the QP was just made.
+        let number = unsafe { raw.as_ref() }.qp_num;
+        let cqs = [Arc::clone(send_cq), Arc::clone(recv_cq)];
+        Ok(Self { raw, number, cap: attr.cap, pd: Arc::clone(pd), _cqs: cqs })
+    }
+
+    /// The same with the extended interface for posting, of these operations (`IBV_QP_EX_WITH_...`).
+    pub(crate) fn extended(
+        pd: &Arc<Pd>,
+        send_cq: &Arc<Cq>,
+        recv_cq: &Arc<Cq>,
+        init: QpInit,
+        send_ops_flags: u32,
+    ) -> Result<Self> {
+        let mut attr = ibv_qp_init_attr_ex {
+            send_cq: ptr::without_provenance_mut(send_cq.addr()),
+            recv_cq: ptr::without_provenance_mut(recv_cq.addr()),
+            cap: init.cap,
+            qp_type: init.qp_type,
+            sq_sig_all: c_int::from(init.sq_sig_all),
+            comp_mask: IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+            pd: pd.raw(),
+            send_ops_flags: send_ops_flags.into(),
+            ..ibv_qp_init_attr_ex::default()
+        };
+        let context = pd.context();
+        // SAFETY: the context is alive, and an extended one.
+        let create = unsafe { (*context.extended()?).create_qp_ex }.context("no create_qp_ex")?;
+        // SAFETY: as above; PD and CQs are alive; the attributes are ours.
+        let raw = pointer("ibv_create_qp_ex", unsafe { create(context.raw(), &mut attr) })?;
         // SAFETY: the QP was just made.
         let number = unsafe { raw.as_ref() }.qp_num;
         let cqs = [Arc::clone(send_cq), Arc::clone(recv_cq)];

@@ -23,6 +23,7 @@ mod run;
 mod schedule;
 mod shadows;
 mod shared;
+mod sharers;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -55,6 +56,7 @@ use schedule::Schedule;
 pub(crate) use shared::counterpart;
 use shared::{Domain, Srq};
 pub use shared::{SrqInit, XrcInit};
+use sharers::Sharer;
 
 /// Entries of a client's GID table.
 pub const GID_TABLE_LEN: u32 = 16;
@@ -189,6 +191,8 @@ struct Qp {
     qpn: u32,
     /// Index of its client.
     owner: usize,
+    /// Who has it open beside its owner.
+    sharers: Vec<Sharer>,
     /// Its client's trust domain.
     tenant: u32,
     slot: u32,
@@ -326,7 +330,9 @@ impl<M: Memory> Fabric<M> {
         let slots = self.clients[at].iter().flat_map(|client| client.slots.iter().rev().flatten().copied());
         let ending: Vec<usize> = slots.take(qps).collect();
         for qp in &ending {
-            self.remove_qp(*qp);
+            if !self.let_go(*qp, at) {
+                self.remove_qp(*qp);
+            }
         }
         if let Some(client) = self.clients[at].as_mut() {
             // What was looked through once need not be again.
@@ -432,19 +438,23 @@ impl<M: Memory> Fabric<M> {
         self.clients[at].as_mut()
     }
 
-    /// Index of a QP, if the client owns it.
+    /// Index of a QP, if the client holds it.
     fn owned(&self, client: u32, qpn: u32) -> Option<usize> {
         let owner = self.client_index.get(&client)?;
         let at = *self.qpn_index.get(&qpn)?;
-        self.qps[at].as_ref().filter(|qp| qp.owner == *owner).map(|_| at)
+        let holds = |qp: &&Qp| qp.owner == *owner || qp.sharers.iter().any(|sharer| sharer.owner == *owner);
+        self.qps[at].as_ref().filter(holds).map(|_| at)
     }
 
-    /// Tells a QP's owner about an event.
+    /// Tells all who hold a QP about an event.
     fn raise(&mut self, at: usize, event: EventType) {
         let Some(qp) = self.qps[at].as_ref() else { return };
-        if let Some(client) = self.clients[qp.owner].as_mut() {
-            client.events.push(AsyncEvent { kind: event.value(), element: qp.qpn });
-            client.event_bell.ring();
+        let holders = qp.sharers.iter().map(|sharer| sharer.owner).chain([qp.owner]);
+        for holder in holders {
+            if let Some(client) = self.clients[holder].as_mut() {
+                client.events.push(AsyncEvent { kind: event.value(), element: qp.qpn });
+                client.event_bell.ring();
+            }
         }
     }
 }

@@ -110,6 +110,7 @@ impl<M: Memory> Fabric<M> {
         let qp = Qp {
             qpn,
             owner,
+            sharers: Vec::new(),
             tenant: client.tenant,
             slot,
             create,
@@ -169,24 +170,28 @@ impl<M: Memory> Fabric<M> {
         Ok(QpAttr { qp_state: state, cur_qp_state: state, sq_draining: draining.into(), ..qp.attr })
     }
 
-    /// Removes a QP; returns where it lay. Pending work is dropped without completions. The caller made sure
+    /// Removes a QP, if no other client has it open. Pending work is dropped without completions. The caller made sure
     /// that no direct peer executes on it ([`Fabric::seize`]) and that it is not busy ([`Fabric::is_busy`]).
     ///
     /// # Errors
     /// ENOENT without such a QP, EBUSY for one that is attached to a multicast group.
-    pub fn destroy_qp(&mut self, client: u32, qpn: u32) -> Result<(u64, usize), i32> {
+    pub fn destroy_qp(&mut self, client: u32, qpn: u32) -> Result<(), i32> {
         let at = self.owned(client, qpn).ok_or(ENOENT)?;
+        let owner = *self.client_index.get(&client).ok_or(ENOENT)?;
         if self.qps[at].as_ref().is_some_and(|qp| !qp.groups.is_empty()) {
             return Err(EBUSY);
         }
-        self.remove_qp(at).ok_or(ENOENT)
+        if !self.let_go(at, owner) {
+            self.remove_qp(at);
+        }
+        Ok(())
     }
 
-    pub(super) fn remove_qp(&mut self, at: usize) -> Option<(u64, usize)> {
+    pub(super) fn remove_qp(&mut self, at: usize) {
         self.disconnect(at);
         self.disconnect_far(at);
         self.stop_waiting(at);
-        let mut qp = self.qps[at].take()?;
+        let Some(mut qp) = self.qps[at].take() else { return };
         // A direct peer that still looks at the header sees a QP that does not answer.
         qp.responder.set_state(QpState::Reset);
         qp.responder.give_back();
@@ -205,7 +210,6 @@ impl<M: Memory> Fabric<M> {
                 client.give_ring(cq, ring);
             }
         }
-        Some((qp.offset, qp.geometry.len()))
     }
 
     /// A number that is not in use and was not for as long as possible.

@@ -55,7 +55,7 @@ impl Handles {
     }
 
     pub(super) fn request(&self, input: &mut Input<'_>) -> Request {
-        match input.u8() % 41 {
+        match input.u8() % 42 {
             0 => Request::Hello { version: LAYOUT_VERSION + u32::from(input.u8() == 0), mode: Mode::Direct },
             1 => Request::Gids,
             2 => Request::AllocPd,
@@ -88,6 +88,7 @@ impl Handles {
             35 => Request::DestroySrq { srqn: one_of(&self.srqs, input) },
             36 => Request::OpenXrcd { creates: input.u8() & 1 == 0, exclusive: input.u8() & 1 == 0 },
             37 => Request::CloseXrcd { xrcd: one_of(&self.small, input) },
+            41 => Request::OpenQp { xrcd: one_of(&self.small, input), qpn: one_of(&self.qps, input) },
             38 => Request::AllocNullMr { pd: one_of(&self.small, input) },
             39 => Request::AttachMcast { qpn: one_of(&self.qps, input), group: group(input) },
             40 => Request::DetachMcast { qpn: one_of(&self.qps, input), group: group(input) },

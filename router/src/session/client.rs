@@ -91,7 +91,8 @@ pub(crate) struct Client {
     pub(super) channels: HashMap<u32, Channel>,
     next_handle: u32,
     pub(super) cqs: HashMap<u32, queues::Cq>,
-    pub(super) qps: HashMap<u32, queues::Qp>,
+    /// A QP's entries are as many as it has been opened; all but one at the most by `ibv_open_qp`.
+    pub(super) qps: HashMap<u32, Vec<queues::Qp>>,
     pub(super) srqs: HashMap<u32, srq::Srq>,
     /// XRC domains that are open, by handle.
     pub(super) xrcds: HashMap<u32, srq::Xrcd>,
@@ -234,6 +235,7 @@ impl Client {
             Request::DestroySrq { srqn } => self.destroy_srq(*srqn),
             Request::OpenXrcd { creates, exclusive } => self.open_xrcd(*creates, *exclusive, fds),
             Request::CloseXrcd { xrcd } => self.close_xrcd(*xrcd),
+            Request::OpenQp { xrcd, qpn } => self.open_qp(*xrcd, *qpn),
             Request::CreateQp(create) => self.create_qp(create),
             Request::ModifyQp { qpn, mask, attr } => return self.modify_qp(*qpn, *mask, attr, last),
             Request::QueryQp { qpn } => self.query_qp(*qpn),

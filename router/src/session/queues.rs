@@ -5,7 +5,7 @@ use std::sync::Arc;
 use engine::{Bell, QpInit};
 use rustix::io::Errno;
 use verbs_abi::{
-    proto::{Answer, CreateQp, Gid, QpAttr, Reply},
+    proto::{Answer, CreateQp, Gid, NewQp, QpAttr, Reply},
     shm::{
         Window,
         cq::{CQ_LEN, CqArea},
@@ -114,8 +114,15 @@ impl Client {
             cap.max_inline_data,
         );
         let geometry = geometry.ok_or(Errno::INVAL.raw_os_error())?;
-        let geometry = shared.map_or(geometry, |slots| geometry.with_shared_receives(slots));
-        let (place, window) = self.place(Resource::Qps, geometry.len())?;
+        let geometry = match create.xrcd {
+            None => shared.map_or(geometry, |slots| geometry.with_shared_receives(slots)),
+            Some(_) => without_queues()?,
+        };
+        let (place, mut window) = self.place(Resource::Qps, geometry.len())?;
+        if create.xrcd.is_some() {
+            // It may outlive its creator's memory, and nobody but the router executes on it.
+            window = Window::heap(geometry.len());
+        }
         let area = QueueArea::new(&window, 0, geometry).ok_or(Errno::NOMEM.raw_os_error());
         let made = area.and_then(|area| {
             let init = QpInit { create: known, geometry, area, offset: place.offset };
@@ -131,8 +138,26 @@ impl Client {
         self.use_pd(create.pd, true);
         self.use_xrcd(create.xrcd, true);
         let CreateQp { pd, recv_cq, xrcd, .. } = *create;
-        self.qps.insert(qp.qpn, Qp { place, pd, recv_cq, xrcd });
+        self.qps.entry(qp.qpn).or_default().push(Qp { place, pd, recv_cq, xrcd });
         Ok(Answer::Qp(qp))
+    }
+
+    /// Opens a receiver of an XRC domain once more. Its place in the arena is for the owner's eyes alone.
+    pub(super) fn open_qp(&mut self, xrcd: u32, qpn: u32) -> Reply {
+        let domain = self.xrcds.get(&xrcd).ok_or(Errno::INVAL.raw_os_error())?.domain;
+        let geometry = without_queues()?;
+        let (place, _) = self.place(Resource::Qps, geometry.len())?;
+        let offset = place.offset;
+        let slot = match self.lane.with(|fabric| fabric.open_qp(self.id, qpn, domain)) {
+            Ok(slot) => slot,
+            Err(errno) => {
+                self.release(Resource::Qps, place);
+                return Err(errno);
+            }
+        };
+        self.use_xrcd(Some(xrcd), true);
+        self.qps.entry(qpn).or_default().push(Qp { place, pd: 0, recv_cq: 0, xrcd: Some(xrcd) });
+        Ok(Answer::Qp(NewQp { qpn, slot, offset, geometry, send_slot: 0, recv_slot: 0 }))
     }
 
     pub(super) fn modify_qp(&mut self, qpn: u32, mask: u32, attr: &QpAttr, last: bool) -> Step {
@@ -188,7 +213,7 @@ impl Client {
             Some(Err(errno)) => return Step::Done(Err(errno)),
             Some(Ok(_)) => {}
         }
-        if let Some(qp) = self.qps.remove(&qpn) {
+        if let Some(qp) = self.close_entry(qpn) {
             // A peer that was stopped in the middle may still write there and into the CQ: neither room is ever
             // used again.
             if free {
@@ -203,6 +228,16 @@ impl Client {
             self.use_xrcd(qp.xrcd, false);
         }
         Step::Done(Ok(Answer::Done))
+    }
+
+    /// Takes out one entry of a QP. Which one is the same: nothing of a QP that is open twice lies in its place.
+    fn close_entry(&mut self, qpn: u32) -> Option<Qp> {
+        let entries = self.qps.get_mut(&qpn)?;
+        let closed = entries.pop();
+        if entries.is_empty() {
+            self.qps.remove(&qpn);
+        }
+        closed
     }
 
     pub(super) fn attach_mcast(&mut self, qpn: u32, group: &Gid) -> Reply {
@@ -227,4 +262,9 @@ impl Client {
         self.account.give(Resource::Multicast, 1);
         Ok(Answer::Done)
     }
+}
+
+/// The geometry of a QP that nothing is posted to.
+fn without_queues() -> Result<Geometry, i32> {
+    Geometry::new(0, 0, 0, 0, 0).ok_or(Errno::INVAL.raw_os_error())
 }

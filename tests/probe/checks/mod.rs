@@ -29,6 +29,8 @@ use std::fmt;
 
 use anyhow::Result;
 
+use crate::xrc;
+
 /// Why a check cannot be performed here.
 #[derive(Debug)]
 pub(crate) struct Skip(pub(crate) String);
@@ -92,6 +94,8 @@ pub(crate) const CHECKS: &[Check] = &[
     ("a QP that wants none of its own multicast datagrams gets those of others", groups::not_its_own),
     ("QPs join and leave multicast groups, and neither twice", groups::attachments),
     ("a context, a PD and an MR can be imported, and outlive those that they are of", imports::shared),
+    ("an XRC receiver is opened by another process, and ends with the last that has it open", xrc::shared),
+    ("an XRC receiver is opened by its number in its domain alone", xrc::opened),
     ("a QP walks the state table and nothing else", states::transitions),
     ("query_qp returns what was set", states::query),
     ("RESET empties a QP, which can be used anew", states::reset),

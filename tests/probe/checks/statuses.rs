@@ -80,8 +80,8 @@ fn aimed<'a>(work: Send<'_>, ah: Option<&'a Ah>, b: &End) -> Send<'a> {
 
 /// The same work request without an address.
 fn unborrowed<'a>(work: Send<'_>) -> Send<'a> {
-    let Send { wr_id, opcode, flags, imm, sges, remote, compare_add, swap, .. } = work;
-    Send { wr_id, opcode, flags, imm, sges, remote, compare_add, swap, to: None }
+    let Send { wr_id, opcode, flags, imm, sges, remote, compare_add, swap, srqn, .. } = work;
+    Send { wr_id, opcode, flags, imm, sges, remote, compare_add, swap, srqn, to: None }
 }
 
 pub(crate) fn local() -> Result<()> {

@@ -115,6 +115,14 @@ pub enum Request {
         /// Whether there may be none yet.
         exclusive: bool,
     },
+    /// `ibv_open_qp`: opens a receiver of an XRC domain that some client of the tenant has made. Answered by
+    /// [`Answer::Qp`]; everybody who has it open ends it by [`Request::DestroyQp`], and it ends with the last.
+    OpenQp {
+        /// The domain, opened by this client.
+        xrcd: u32,
+        /// The QP number.
+        qpn: u32,
+    },
     /// `ibv_close_xrcd`. EBUSY while a QP or an SRQ of this client uses it.
     CloseXrcd {
         /// The domain.

@@ -36,4 +36,4 @@ pub const BLOCK: usize = 64;
 pub const PAGE: usize = 4096;
 
 /// Version of every layout in this module and of the socket protocol.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;

@@ -332,6 +332,38 @@ fn an_xrc_domain_of_a_file_is_shared_within_a_tenant_and_one_without_by_nobody()
     assert!(!fabric.has_xrcd(1, (7, 7)));
 }
 
+#[test]
+fn an_xrc_receiver_ends_with_the_last_who_has_it_open() {
+    let (mut fabric, mut sender, mut receiver, mut completions, qpn) = xrc();
+    let other = App::new(&mut fabric, 3, QpType::Rc, Mode::Isolated);
+    let domain = fabric.open_xrcd(3, Some((1, 2)), false).unwrap();
+    let elsewhere = fabric.open_xrcd(3, Some((1, 3)), true).unwrap();
+    for (qpn, domain) in [(qpn, elsewhere), (other.qpn, domain), (qpn + 1000, domain)] {
+        assert_eq!(fabric.open_qp(3, qpn, domain), Err(22));
+    }
+    let slots = [(); 2].map(|()| fabric.open_qp(3, qpn, domain).unwrap());
+    assert_ne!(slots[0], slots[1]);
+    fabric.destroy_qp(3, qpn).unwrap();
+    // Its address is its owner's, who is another one from now on.
+    fabric.set_gids(3, vec![gid(2)]);
+    fabric.destroy_qp(2, qpn).unwrap();
+    assert_eq!(fabric.destroy_qp(2, qpn), Err(2));
+    assert_eq!(fabric.owner_of(qpn), Some(3));
+    receiver.post(&fabric, 4);
+    let mut wqe = send(Opcode::Send, sender.sge(0, 16));
+    wqe.srqn = receiver.number;
+    sender.post(&wqe);
+    turn(&mut fabric, 0);
+    assert_eq!(status(sender.sends.pop()), WcStatus::Success);
+    assert!(completions.pop().is_some());
+    fabric.close(3);
+    assert_eq!(fabric.owner_of(qpn), None);
+    receiver.post(&fabric, 5);
+    sender.post(&wqe);
+    turn(&mut fabric, 1);
+    assert!(sender.sends.pop().is_none() && completions.pop().is_none());
+}
+
 /// The same as [`xrc`], on two hosts.
 fn xrc_across() -> (Hosts, App, Receiver, CompletionReader, u32) {
     let mut hosts = Hosts::new();
