@@ -94,6 +94,25 @@ pub(crate) struct Wc {
     pub(crate) flags: u32,
 }
 
+/// What an extended CQ can be asked for, but for times.
+pub(crate) const ALL_FIELDS: u32 = IBV_WC_EX_WITH_BYTE_LEN
+    | IBV_WC_EX_WITH_IMM
+    | IBV_WC_EX_WITH_QP_NUM
+    | IBV_WC_EX_WITH_SRC_QP
+    | IBV_WC_EX_WITH_SLID
+    | IBV_WC_EX_WITH_SL
+    | IBV_WC_EX_WITH_DLID_PATH_BITS;
+
+/// A completion of an extended CQ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fields {
+    pub(crate) wc: Wc,
+    pub(crate) vendor_err: u32,
+    pub(crate) slid: u32,
+    pub(crate) sl: u8,
+    pub(crate) path_bits: u8,
+}
+
 impl Wc {
     /// Fails, by the name of the status, where it is another than this.
     pub(crate) fn expect(&self, status: ibv_wc_status) -> Result<()> {
@@ -182,6 +201,38 @@ impl Cq {
         let modify = unsafe { (*self.context.verbs()).modify_cq }.expect("a provider modifies CQs");
         // SAFETY: the CQ is alive, the attributes are ours.
         check("ibv_modify_cq", unsafe { modify(self.raw.as_ptr(), &mut attr) })
+    }
+
+    /// Takes the next completion of an extended CQ that was made for all [`ALL_FIELDS`], field by field.
+    pub(crate) fn next_fields(&self) -> Result<Fields> {
+        let raw: *mut ibv_cq_ex = self.raw.as_ptr().cast();
+        let start = Instant::now();
+        // SAFETY: the CQ is alive and was made as an extended one, so its functions are there and may be called.
+        unsafe {
+            let begin = (*raw).start_poll.context("no start_poll")?;
+            while begin(raw, &mut ibv_poll_cq_attr::default()) != 0 {
+                ensure!(start.elapsed() < Duration::from_secs(5), "no completion came");
+            }
+            let wc = Wc {
+                wr_id: (*raw).wr_id,
+                status: (*raw).status,
+                opcode: (*raw).read_opcode.context("no read_opcode")?(raw),
+                byte_len: (*raw).read_byte_len.context("no read_byte_len")?(raw),
+                imm: (*raw).read_imm_data.context("no read_imm_data")?(raw),
+                qp_num: (*raw).read_qp_num.context("no read_qp_num")?(raw),
+                src_qp: (*raw).read_src_qp.context("no read_src_qp")?(raw),
+                flags: (*raw).read_wc_flags.context("no read_wc_flags")?(raw),
+            };
+            let fields = Fields {
+                wc,
+                vendor_err: (*raw).read_vendor_err.context("no read_vendor_err")?(raw),
+                slid: (*raw).read_slid.context("no read_slid")?(raw),
+                sl: (*raw).read_sl.context("no read_sl")?(raw),
+                path_bits: (*raw).read_dlid_path_bits.context("no read_dlid_path_bits")?(raw),
+            };
+            (*raw).end_poll.context("no end_poll")?(raw);
+            Ok(fields)
+        }
     }
 
     /// Takes the next completion of an extended CQ: its status, and its times by the device's and by the wall's clock.

@@ -396,6 +396,10 @@ impl Mr {
         unsafe { self.raw.as_ref() }.handle
     }
 
+    pub(crate) fn raw(&self) -> *mut ibv_mr {
+        self.raw.as_ptr()
+    }
+
     pub(crate) fn lkey(&self) -> u32 {
         // SAFETY: the MR is alive.
         unsafe { self.raw.as_ref() }.lkey

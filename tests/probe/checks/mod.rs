@@ -5,6 +5,7 @@ mod completions;
 mod connections;
 mod datagrams;
 mod errors;
+mod extended;
 mod groups;
 mod imports;
 mod limits;
@@ -49,6 +50,9 @@ type Check = (&'static str, fn() -> Result<()>);
 /// seat matters to them.
 pub(crate) const CHECKS: &[Check] = &[
     ("RC executes every opcode", opcodes::reliable),
+    ("every function of an extended QP does what it says, and an extended CQ tells it", extended::reliable),
+    ("an extended QP's windows are bound and invalidated", extended::windows),
+    ("an extended CQ tells every field of a datagram's completion", extended::datagram),
     ("UC executes SEND and WRITE, and refuses what needs an answer", opcodes::unreliable),
     ("a fenced SEND carries what the READ before it brought", opcodes::fence),
     ("inline data of 0 to 256 bytes is taken at the post", opcodes::inline),
