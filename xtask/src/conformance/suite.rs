@@ -74,6 +74,11 @@ impl Suite {
         workspace.join(format!("conformance/{}.txt", self.name()))
     }
 
+    /// Whether it was built below `cache`.
+    pub fn is_built(self, cache: &Path) -> bool {
+        cache.join("conformance").join(self.name()).join("built").exists()
+    }
+
     /// Gets it ready below `cache`, unless it is there already.
     pub fn prepare(self, cache: &Path) -> Result<Tests> {
         let home = cache.join("conformance").join(self.name());
