@@ -6,6 +6,7 @@ mod common;
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
+    path::Path,
     process::ExitCode,
     sync::Mutex,
     thread,
@@ -13,12 +14,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use common::pingpong;
+use common::{hosts::cut, pingpong};
 use libtest_mimic::{Failed, Trial};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use xtask::{
-    bed::{Bed, Place, Tool},
+    bed::{Bed, Pair, Place, Tool},
     etcd::{Certificates, Etcd},
     hosts::{Hosts, Side},
     process::{Job, command, run},
@@ -53,6 +54,8 @@ fn trials() -> Vec<Trial> {
         trial("a router that is killed is gone within its lease, and its successor is found", a_router_dies),
         trial("etcd may be killed under traffic and come back with its data", |tree| etcd_dies(tree, false)),
         trial("etcd may be killed under traffic and come back empty", |tree| etcd_dies(tree, true)),
+        trial("etcd may stand still under traffic for longer than the leases", etcd_stands_still),
+        trial("wall clocks that jump are noticed by nobody", clocks_jump),
         trial("routers start without etcd and serve their hosts", late_etcd),
         trial("an address that another host has is refused until that gives it back", second_claimant),
         trial("a container that moves is found at its new place", moves),
@@ -82,8 +85,13 @@ impl Site {
 
     /// Both routers, and a container on each host.
     fn bed(&self, tree: &Tree) -> Result<Bed> {
-        let (left, right) =
-            (self.hosts.start_router(tree, Side::Left)?, self.hosts.start_router(tree, Side::Right)?);
+        self.bed_by(tree, &[])
+    }
+
+    /// The same, with further words in front of the routers' program.
+    fn bed_by(&self, tree: &Tree, by: &[String]) -> Result<Bed> {
+        let start = |side| self.hosts.start_router_by(tree, side, by);
+        let (left, right) = (start(Side::Left)?, start(Side::Right)?);
         let (server, client) = (self.hosts.container(Side::Left, 0), self.hosts.container(Side::Right, 0));
         let mut bed = Bed::with_places(tree.clone(), left, server, client, Box::new(()));
         bed.client_router = Some(right);
@@ -252,14 +260,111 @@ fn successor(site: &Site, tree: &Tree) -> Result<Router> {
     }
 }
 
+/// Reliable connections, and datagrams, each of which asks for its way anew, for so many seconds.
+fn traffic(bed: &Bed, seconds: &str) -> Result<[Pair; 2]> {
+    let write = Tool::new("ib_write_bw", &["-D", seconds]);
+    let send = Tool::new("ib_send_lat", &["-c", "UD", "-D", seconds]);
+    let pairs = [bed.start_pair(&write, LIMIT)?, bed.start_pair(&send, LIMIT)?];
+    thread::sleep(Duration::from_secs(1));
+    Ok(pairs)
+}
+
+fn ends_well(pairs: [Pair; 2]) -> Result<()> {
+    pairs.into_iter().try_for_each(|pair| pair.wait()?.success())
+}
+
+/// It is there, takes what it is told, and says nothing: nobody's connection ends.
+fn etcd_stands_still(tree: &Tree) -> Result<()> {
+    let site = Site::started(Hosts::create(&[])?)?;
+    let bed = site.bed(tree)?;
+    let pairs = traffic(&bed, "16")?;
+    let pid = i32::try_from(site.etcd.pid()).ok().and_then(Pid::from_raw).context("no etcd")?;
+    // The site has not waited for it, so the number is still its own.
+    kill_process(pid, Signal::STOP)?;
+    for router in [&bed.router, right(&bed)?] {
+        eventually("it is noticed", || directory(router), |directory| directory["state"] == "lost")?;
+    }
+    thread::sleep(LEASE + Duration::from_secs(1));
+    pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"]).context("while etcd stands still")?;
+    kill_process(pid, Signal::CONT)?;
+    for router in [&bed.router, right(&bed)?] {
+        is_up(router)?;
+    }
+    eventually("everything is published", || site.addresses(), |keys| keys.len() == 4)?;
+    pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"]).context("when etcd goes on")?;
+    ends_well(pairs)?;
+    eventually("the programs have ended", || site.addresses(), Vec::is_empty)?;
+    pingpong::play(&bed, "ibv_ud_pingpong", &["-e", "-c"]).context("with new entries")
+}
+
+const FAKE_CLOCK: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
+/// The clock that people set, of both routers; the one that only counts goes on as it does when people do that.
+fn clocks_jump(tree: &Tree) -> Result<()> {
+    if !Path::new(FAKE_CLOCK).exists() {
+        common::skip("wall clocks that jump are noticed by nobody", "libfaketime is not there");
+        return Ok(());
+    }
+    let site = Site::started(Hosts::create(&[])?)?;
+    let file = site.hosts.dir().join("clock");
+    let set = |offset: &str| {
+        let fresh = file.with_extension("new");
+        fs::write(&fresh, offset).and_then(|()| fs::rename(&fresh, &file))
+    };
+    set("+0")?;
+    let by = [
+        "env".to_owned(),
+        format!("LD_PRELOAD={FAKE_CLOCK}"),
+        format!("FAKETIME_TIMESTAMP_FILE={}", file.display()),
+        "FAKETIME_NO_CACHE=1".to_owned(),
+        "DONT_FAKE_MONOTONIC=1".to_owned(),
+        "FREEFLOW_LOG=info".to_owned(),
+    ];
+    let bed = site.bed_by(tree, &by)?;
+    let pairs = traffic(&bed, "20")?;
+    let known =
+        ["10.201.77.1", "10.201.77.2"].map(|address| format!("/freeflow/addresses/default/{address}"));
+    for (jump, years) in [("+4000d", 10), ("-8000d", -22), ("+0", 0)] {
+        set(jump)?;
+        let start = Instant::now();
+        // For longer than any lease.
+        while start.elapsed() < LEASE + Duration::from_secs(1) {
+            let keys = site.addresses()?;
+            ensure!(known.iter().all(|key| keys.contains(key)), "after {jump}: {keys:?}");
+            ensure!(directory(&bed.router)?["state"] == "up", "{}", directory(&bed.router)?);
+            thread::sleep(Duration::from_millis(100));
+        }
+        // It has jumped indeed: new lines of the log say so.
+        cut()?;
+        pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"]).with_context(|| format!("after {jump}"))?;
+        let dates = |router: &Router| last_year(&router.log());
+        let expected = this_year() + years;
+        for router in [&bed.router, right(&bed)?] {
+            let told = dates(router).context("a log without dates")?;
+            ensure!((told - expected).abs() <= 1, "{told}, not {expected}:\n{}", router.log());
+        }
+    }
+    for router in [&bed.router, right(&bed)?] {
+        let log = router.log();
+        ensure!(!log.contains("the directory is lost"), "{log}");
+    }
+    ends_well(pairs)
+}
+
+/// The year of the last line of a log.
+fn last_year(log: &str) -> Option<i64> {
+    log.lines().rev().find_map(|line| line.trim_start().get(..4)?.parse().ok())
+}
+
+fn this_year() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    1970 + (since.as_secs() / 31_556_952) as i64
+}
+
 fn etcd_dies(tree: &Tree, forgets: bool) -> Result<()> {
     let mut site = Site::started(Hosts::create(&[])?)?;
     let bed = site.bed(tree)?;
-    // Reliable connections, and datagrams, each of which asks for its way anew.
-    let write = Tool::new("ib_write_bw", &["-D", "16"]);
-    let send = Tool::new("ib_send_lat", &["-c", "UD", "-D", "16"]);
-    let pairs = [bed.start_pair(&write, LIMIT)?, bed.start_pair(&send, LIMIT)?];
-    thread::sleep(Duration::from_secs(1));
+    let pairs = traffic(&bed, "16")?;
     site.etcd.kill();
     for router in [&bed.router, right(&bed)?] {
         eventually("it is noticed", || directory(router), |directory| directory["state"] == "lost")?;
@@ -280,10 +385,7 @@ fn etcd_dies(tree: &Tree, forgets: bool) -> Result<()> {
     let published = |keys: &Vec<String>| keys.len() == 4;
     eventually("everything is published again", || site.addresses(), published)?;
     pingpong::play(&bed, "ibv_rc_pingpong", &["-e", "-c"]).context("when etcd is back")?;
-    for pair in pairs {
-        let outcome = pair.wait()?;
-        outcome.success()?;
-    }
+    ends_well(pairs)?;
     // New ones, by new entries.
     eventually("the programs have ended", || site.addresses(), Vec::is_empty)?;
     pingpong::play(&bed, "ibv_ud_pingpong", &["-e", "-c"]).context("with new entries")

@@ -87,6 +87,11 @@ impl Etcd {
         self.job = None;
     }
 
+    /// Its process; 0 where it does not run.
+    pub fn pid(&self) -> u32 {
+        self.job.as_ref().map_or(0, Job::pid)
+    }
+
     /// Has it forget everything, while it does not run.
     pub fn wipe(&self) -> Result<()> {
         std::fs::remove_dir_all(self.dir.path().join("data")).context("no data to wipe")

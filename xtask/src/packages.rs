@@ -75,6 +75,13 @@ pub(crate) const ETCD: [Package; 2] = [
     package("etcd-client", "etcdctl", "looking at what stands in it"),
 ];
 
+/// Wall clocks that jump.
+pub(crate) const CLOCKS: [Package; 1] = [package(
+    "libfaketime",
+    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1",
+    "routers whose wall clock jumps",
+)];
+
 /// Kernel TCP, to compare with.
 pub(crate) const TCP: [Package; 1] =
     [package("iperf3", "iperf3", "the bandwidth of kernel TCP, to compare with")];

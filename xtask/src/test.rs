@@ -86,7 +86,7 @@ impl Tier {
             Self::Process => [&packages::TOOLS[..], &packages::ALLOCATORS, &packages::RDMA_CM].concat(),
             Self::Hosts => {
                 let tools = [&packages::TOOLS[..], &packages::NAMESPACES, &packages::RDMA_CM];
-                [&tools.concat()[..], &packages::ETCD].concat()
+                [&tools.concat()[..], &packages::ETCD, &packages::CLOCKS].concat()
             }
             Self::Containers => packages::CONTAINERS.to_vec(),
             Self::Vm => {
