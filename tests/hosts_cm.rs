@@ -17,25 +17,11 @@ use common::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 use xtask::{
-    bed::{Bed, PairOutcome, Tool, free_port},
+    bed::{Bed, PairOutcome, free_port},
     hosts::{Hosts, Side},
     process::Job,
     tree::Tree,
 };
-
-/// perftest, connected by name.
-const BY_NAME: &[(&str, &[&str])] = &[
-    ("ib_write_bw", &["-R", "-s", "65536", "-n", "200"]),
-    ("ib_read_bw", &["-R", "-n", "200"]),
-    ("ib_send_bw", &["-R", "-q", "4", "-n", "100"]),
-    ("ib_send_bw", &["-R", "-c", "UD", "-n", "200"]),
-    ("ib_atomic_bw", &["-R", "-n", "200"]),
-    ("ib_write_lat", &["-R", "-n", "100"]),
-    ("ib_read_lat", &["-R", "-n", "100"]),
-    ("ib_send_lat", &["-R", "-n", "100"]),
-    ("ib_send_lat", &["-R", "-c", "UD", "-n", "100"]),
-    ("ib_atomic_lat", &["-R", "-n", "100"]),
-];
 
 fn main() -> ExitCode {
     let obstacle = (!common::is_root()).then(|| "only root may make network namespaces".to_owned());
@@ -44,12 +30,6 @@ fn main() -> ExitCode {
         let stage = Stage::new(|| Hosts::create(&[])?.bed(common::tree()?));
         let mut trials = programs::trials(&stage, "two hosts");
         trials.extend(programs::endings(&stage, "two hosts"));
-        for (program, options) in BY_NAME {
-            let name = format!("{program} {} (two hosts)", options.join(" "));
-            trials.push(
-                stage.trial(name, move |bed| bed.run_pair(&Tool::new(program, options), LIMIT)?.success()),
-            );
-        }
         trials.extend([
             stage.trial("rping by IPv6 (two hosts)", rping_by_ipv6),
             stage.trial("an address of the other host cannot be bound", programs::foreign_address),
@@ -59,6 +39,9 @@ fn main() -> ExitCode {
                 .trial("a host that does not answer is unreachable in the end", |bed| nobody_home(&bed.tree)),
             stage.trial("a router's successor is connected to like the router", |bed| {
                 a_router_dies(&bed.tree)
+            }),
+            stage.trial("two tenants with the same overlay addresses do not meet by name", |bed| {
+                tenants(&bed.tree)
             }),
         ]);
         trials
@@ -99,6 +82,54 @@ fn nobody_home(tree: &Tree) -> Result<()> {
     let outcome = programs::run_client(&bed, "rping -c -a ADDR -p PORT -C 1", free_port()?)?;
     let told = outcome.stdout.clone() + &outcome.stderr;
     ensure!(told.contains("RDMA_CM_EVENT_UNREACHABLE, error -110"), "{}", outcome.report());
+    Ok(())
+}
+
+/// Both have the same addresses on both hosts, and servers on the same port.
+fn tenants(tree: &Tree) -> Result<()> {
+    let hosts = Hosts::create_alike(&["blue", "red"])?;
+    let routers = [hosts.start_router(tree, Side::Left)?, hosts.start_router(tree, Side::Right)?];
+    let (program, port) = (tree.program().display().to_string(), free_port()?.to_string());
+    let address = hosts.container(Side::Left, 0).address;
+    ensure!(hosts.container(Side::Left, 1).address == address, "their addresses differ");
+    let start = |side, tenant: usize, words: &[&str]| {
+        let socket = hosts.tenant_socket(side, tenant).display().to_string();
+        let rping = ["run", "--socket", &socket, "--", "rping", "-v", "-V", "-p", &port];
+        let all = [&[&program[..]], &rping[..], words].concat();
+        Job::spawn(hosts.container(side, tenant).plain_command(&common::words(&all)), LIMIT)
+    };
+    // So many pings each, which a server counts, too.
+    let pings = ["7", "11"];
+    let serve = |tenant: usize| start(Side::Left, tenant, &["-s", "-C", pings[tenant]]);
+    let ask = |tenant: usize| start(Side::Right, tenant, &["-c", "-a", &address, "-C", pings[tenant]]);
+    let listening = |count: usize| -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let listeners = routers[0].status()?["listeners"].to_string();
+            if listeners.matches(&format!(":{port}\"")).count() == count {
+                return Ok(());
+            }
+            ensure!(began.elapsed() < LIMIT, "{listeners}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let red = serve(1)?;
+    listening(1)?;
+    let alone = ask(0)?.wait()?;
+    let told = alone.stdout.clone() + &alone.stderr;
+    ensure!(
+        told.contains("RDMA_CM_EVENT_REJECTED, error 8"),
+        "the other tenant's listener: {}",
+        alone.report()
+    );
+    let blue = serve(0)?;
+    listening(2)?;
+    let clients = [ask(0)?, ask(1)?];
+    for (job, count) in [blue, red].into_iter().chain(clients).zip(pings.iter().cycle()) {
+        let outcome = job.wait()?;
+        let seen = outcome.stdout.matches("rdma-ping-").count();
+        ensure!(outcome.succeeded() && seen.to_string() == *count, "{seen} pings: {}", outcome.report());
+    }
     Ok(())
 }
 

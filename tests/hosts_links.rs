@@ -21,6 +21,7 @@ use serde_json::Value;
 use xtask::{
     bed::{Bed, Tool},
     hosts::{Hosts, Side},
+    matrix::Tier,
     process::{Job, command},
     router::Router,
     tree::Tree,
@@ -55,21 +56,7 @@ fn trials() -> Vec<Trial> {
         let name = format!("{program} {}", options.join(" "));
         trials.push(stage.trial(name, move |bed| pingpong::play(bed, program, options)));
     }
-    for (program, options) in [
-        ("ib_write_bw", &["-s", "65536", "-n", "500"][..]),
-        ("ib_write_bw", &["-a", "-n", "20"]),
-        ("ib_write_bw", &["-q", "16", "-n", "50"]),
-        ("ib_send_bw", &["-b", "-n", "200"]),
-        ("ib_send_bw", &["-c", "UC", "-n", "200"]),
-        ("ib_read_bw", &["-s", "100000", "-n", "100"]),
-        ("ib_atomic_bw", &["-n", "200"]),
-        ("ib_write_lat", &["-n", "100"]),
-        ("ib_send_lat", &["-c", "UD", "-n", "100"]),
-    ] {
-        let name = format!("{program} {}", options.join(" "));
-        trials
-            .push(stage.trial(name, move |bed| bed.run_pair(&Tool::new(program, options), LIMIT)?.success()));
-    }
+    trials.extend(stage.matrix(Tier::Links));
     trials
 }
 

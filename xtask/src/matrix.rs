@@ -49,6 +49,8 @@ pub enum Tier {
     Process,
     /// Two network namespaces.
     Hosts,
+    /// Two hosts, with a link between their routers.
+    Links,
     /// Two containers.
     Containers,
     /// Two processes of one host, for their figures: the short subset of perftest-ci.
@@ -251,7 +253,7 @@ mod tests {
 
     #[test]
     fn every_tool_is_in_every_tier() {
-        for tier in [Tier::Process, Tier::Hosts, Tier::Containers] {
+        for tier in [Tier::Process, Tier::Hosts, Tier::Links, Tier::Containers] {
             let runs = matrix().runs(tier);
             for verb in ["write", "read", "send", "atomic"] {
                 for kind in ["bw", "lat"] {
