@@ -4,10 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
 use libtest_mimic::{Failed, Trial};
-use xtask::{
-    interrupt,
-    vm::{Guest, Kernel},
-};
+use xtask::{interrupt, vm::Kernel};
 
 /// A stage of guests (or of whatever is made of them).
 pub(crate) struct GuestStage<T> {
@@ -43,13 +40,4 @@ impl<T: Send + 'static> GuestStage<T> {
 fn set_up<T>(make: fn(&Kernel) -> Result<T>) -> Result<T> {
     let kernel = Kernel::prepare(&super::workspace())?;
     make(&kernel).context("no guests")
-}
-
-/// Two guests with an RNIC in software each.
-pub(crate) fn pair_with_rxe(kernel: &Kernel) -> Result<[Arc<Guest>; 2]> {
-    let guests = Guest::pair(kernel)?;
-    for guest in &guests {
-        guest.add_rxe()?;
-    }
-    Ok(guests)
 }

@@ -8,6 +8,7 @@
 pub(crate) mod container;
 pub(crate) mod daemon;
 pub(crate) mod device;
+pub(crate) mod guest_hosts;
 pub(crate) mod guests;
 pub(crate) mod hosts;
 pub(crate) mod pingpong;

@@ -6,9 +6,10 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use xtask::vm::Guest;
 
-use super::{
-    Hosts, LIMIT,
-    common::{guests::GuestStage, probe},
+use super::common::{
+    guest_hosts::{Hosts, LIMIT},
+    guests::GuestStage,
+    probe,
 };
 
 pub(super) fn trials(stage: &GuestStage<Hosts>) -> Vec<Trial> {
@@ -65,7 +66,7 @@ fn sees_both(hosts: &Hosts) -> Result<()> {
     ensure!(found == ["ff0", "rxe0"], "{found:?}");
     // The way of those who set the environment by themselves, and have made the node.
     left.run("mkdir -p /dev/infiniband; mknod -m 666 /dev/infiniband/uverbs_ff0 c 1 3", LIMIT)?;
-    let program = hosts.tree.program().display().to_string();
+    let program = hosts.program();
     let mut found = devices(left, &format!("eval \"$({program} env --kernel-devices)\";"))?;
     found.sort();
     ensure!(found == ["ff0", "rxe0"], "{found:?}");

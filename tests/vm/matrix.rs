@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use xtask::{perftest, process::Outcome};
 
-use super::{Hosts, common::guests::GuestStage};
+use super::common::{guest_hosts::Hosts, guests::GuestStage};
 
 /// Ping-pong programs and what they are told.
 const PINGPONGS: [&str; 5] = [
