@@ -193,12 +193,10 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    /// Takes what the NIC tells. True: it told something.
+    /// Takes what the NIC tells, some of it at a time. True: there may be more.
     pub(super) fn hear_nic(&mut self) -> bool {
-        for told in 0..EVENTS {
-            let Some(event) = self.nics.nic.as_mut().and_then(|nic| nic.next_event()) else {
-                return told > 0;
-            };
+        for _ in 0..EVENTS {
+            let Some(event) = self.nics.nic.as_mut().and_then(|nic| nic.next_event()) else { return false };
             self.heed_nic(event);
         }
         true

@@ -144,7 +144,7 @@ impl<M: Memory> Fabric<M> {
     /// Serves QPs for a while, until somebody else may have rung. True: there is more to do now.
     pub fn run(&mut self, now: u64) -> bool {
         self.now = now;
-        self.hear_nic();
+        let tells_more = self.hear_nic();
         self.expire_timers(now);
         self.heed_overruns();
         let look = QUANTUM.max(LOOK * self.client_index.len() as u64);
@@ -171,7 +171,10 @@ impl<M: Memory> Fabric<M> {
         self.move_lines_up();
         self.tell();
         let spreads = self.has_waiting_datagrams();
-        spreads || self.schedule.len() > 0 || self.next_timer().is_some_and(|when| when <= now)
+        tells_more
+            || spreads
+            || self.schedule.len() > 0
+            || self.next_timer().is_some_and(|when| when <= now)
     }
 
     /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.
