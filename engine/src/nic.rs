@@ -40,6 +40,15 @@ pub struct Limits {
     pub rd_atomic: u8,
 }
 
+/// What the peer of a QP may do, and how soon it is asked to try again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rights {
+    /// `qp_access_flags`.
+    pub access: u32,
+    /// `min_rnr_timer`.
+    pub min_rnr_timer: u8,
+}
+
 /// What a shadow QP is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShadowInit {
@@ -118,7 +127,11 @@ pub enum Order {
         rnr_retry: u8,
         /// READs and atomics under way.
         rd_atomic: u8,
+        /// What its peer may do, which may have changed since it was made.
+        rights: Rights,
     },
+    /// Change what the peer of one in RTS may do. Answered by [`Event::Started`] if that cannot be.
+    Change(ShadowId, Rights),
     /// End it: when [`Event::Closed`] comes, the NIC touches nothing more on its behalf.
     Close(ShadowId),
     /// Register memory of a client. Answered by [`Event::Registered`].

@@ -47,6 +47,9 @@ impl<M: Memory> Fabric<M> {
         if mask.contains(QpAttrMask::RATE_LIMIT) {
             self.change_pace(at);
         }
+        if mask.intersects(QpAttrMask::ACCESS_FLAGS | QpAttrMask::MIN_RNR_TIMER) {
+            self.change_shadow(at);
+        }
         Ok(self.enter(
             at,
             from,

@@ -13,6 +13,7 @@
 //! the two never take different ways.
 
 use verbs_abi::{
+    proto::QpAttr,
     shm::wqe::SendWqe,
     verbs::{EventType, QpState, QpType, WcStatus},
 };
@@ -20,7 +21,7 @@ use verbs_abi::{
 use super::{Fabric, access::Half, far::Far, schedule::WORK};
 use crate::{
     Memory,
-    nic::{Bounce, Completion, Endpoint, Order, ShadowId, ShadowInit},
+    nic::{Bounce, Completion, Endpoint, Order, Rights, ShadowId, ShadowInit},
     shadow::{Finished, Known, Landed, Pool, Shadow, Stage, Step, Taken, Tools, Word},
     wire::{Emit, packet::Header},
 };
@@ -255,8 +256,19 @@ impl<M: Memory> Fabric<M> {
             retry_cnt: attr.retry_cnt.min(6),
             rnr_retry: rnr_retries(attr.rnr_retry),
             rd_atomic: attr.max_rd_atomic.min(limits.rd_atomic).min(served).max(1),
+            rights: rights(&attr),
         };
         self.order(order);
+    }
+
+    /// Attributes of the virtual QP have changed that a shadow in RTS must follow. One that is not is told with the others.
+    pub(super) fn change_shadow(&mut self, at: usize) {
+        let Some(qp) = self.qps[at].as_ref() else { return };
+        let Some(shadow) = qp.far.as_ref().and_then(|far| far.shadow.as_ref()) else { return };
+        if shadow.is_starting && shadow.stage == Stage::Connected {
+            let order = Order::Change(shadow.id, rights(&qp.attr));
+            self.order(order);
+        }
     }
 
     pub(super) fn shadow_started(&mut self, at: usize, well: bool) {
@@ -635,6 +647,10 @@ impl<M: Memory> Fabric<M> {
             self.set_failed(at, None);
         }
     }
+}
+
+fn rights(attr: &QpAttr) -> Rights {
+    Rights { access: attr.qp_access_flags, min_rnr_timer: attr.min_rnr_timer }
 }
 
 /// The NIC's RNR retries: one more than the application's, for a receive is the NIC's a moment after it was posted. 7 is

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::nic::{Bounce, Endpoint, Event, NicKey, Order, ShadowId, ShadowInit};
+use engine::nic::{Bounce, Endpoint, Event, NicKey, Order, Rights, ShadowId, ShadowInit};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
@@ -46,6 +46,8 @@ const ENTRIES: u32 = 16 * 1024;
 const LOOK: Duration = Duration::from_millis(500);
 /// Such looks for each one at its port, whose changes are told by events.
 const PORT_LOOKS: u32 = 20;
+/// What [`Rights`] are to `ibv_modify_qp`.
+const RIGHTS: u32 = IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER;
 /// Orders between two looks at the rest.
 const ORDERS: usize = 64;
 
@@ -302,7 +304,7 @@ impl Worker {
                 });
                 self.tell(Event::Connected(shadow, done));
             }
-            (Order::Start { shadow, psn, timeout, retry_cnt, rnr_retry, rd_atomic }, holdings) => {
+            (Order::Start { shadow, psn, timeout, retry_cnt, rnr_retry, rd_atomic, rights }, holdings) => {
                 let mut attr = ibv_qp_attr {
                     qp_state: IBV_QPS_RTS,
                     sq_psn: psn,
@@ -310,16 +312,24 @@ impl Worker {
                     retry_cnt,
                     rnr_retry,
                     max_rd_atomic: rd_atomic,
-                    ..ibv_qp_attr::default()
+                    ..granting(rights)
                 };
                 let mask = IBV_QP_STATE
                     | IBV_QP_SQ_PSN
                     | IBV_QP_TIMEOUT
                     | IBV_QP_RETRY_CNT
                     | IBV_QP_RNR_RETRY
-                    | IBV_QP_MAX_QP_RD_ATOMIC;
+                    | IBV_QP_MAX_QP_RD_ATOMIC
+                    | RIGHTS;
                 let done = self.modify(holdings, shadow, mask, &mut attr, |_, _| {});
                 self.tell(Event::Started(shadow, done));
+            }
+            (Order::Change(shadow, rights), holdings) => {
+                let mut attr = ibv_qp_attr { qp_state: IBV_QPS_RTS, ..granting(rights) };
+                let mask = IBV_QP_STATE | RIGHTS;
+                if !self.modify(holdings, shadow, mask, &mut attr, |_, _| {}) {
+                    self.tell(Event::Started(shadow, false));
+                }
             }
             (Order::Close(shadow), holdings) => {
                 if let Some(holdings) = holdings {
@@ -398,11 +408,10 @@ impl Worker {
         };
         let made = ibv_qp_init_attr { cap, qp_type: IBV_QPT_RC, ..ibv_qp_init_attr::default() };
         let qp = Qp::new(&domain.pd, &rooms[room].cq, made)?;
-        let rights = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_READ;
         let mut attr = ibv_qp_attr {
             qp_state: IBV_QPS_INIT,
             port_num: device.found.port,
-            qp_access_flags: init.access & rights.bits(),
+            qp_access_flags: of_nic(init.access),
             ..ibv_qp_attr::default()
         };
         qp.modify(&mut attr, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS)?;
@@ -485,6 +494,21 @@ fn domain<'a>(
         vacant.insert(Domain { pd, bounce, _region: region });
     }
     domains.get(&tenant).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Those of a QP's access flags that concern its shadow: atomics never go by NIC.
+fn of_nic(access: u32) -> u32 {
+    let rights = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_READ;
+    access & rights.bits()
+}
+
+/// The attributes that say what a peer may do: [`RIGHTS`].
+fn granting(rights: Rights) -> ibv_qp_attr {
+    ibv_qp_attr {
+        qp_access_flags: of_nic(rights.access),
+        min_rnr_timer: rights.min_rnr_timer,
+        ..ibv_qp_attr::default()
+    }
 }
 
 /// The way to a peer's port.

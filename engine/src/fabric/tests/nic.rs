@@ -163,11 +163,17 @@ fn perform_orders(world: &mut [Card; 2], at: usize) {
                 }
                 Event::Connected(shadow, well)
             }
-            Order::Start { shadow, .. } => {
+            Order::Start { shadow, rights, .. } => {
                 if let Some(qp) = card.qps.values_mut().find(|qp| qp.id == shadow) {
                     qp.sends = Some(VecDeque::new());
+                    qp.access = rights.access;
                 }
                 Event::Started(shadow, !gone)
+            }
+            Order::Change(shadow, rights) => {
+                let qp = card.qps.values_mut().find(|qp| qp.id == shadow).expect("a QP that lives");
+                qp.access = rights.access;
+                continue;
             }
             Order::Close(shadow) => {
                 card.qps.retain(|_, qp| qp.id != shadow);
@@ -571,6 +577,50 @@ fn a_peer_that_never_connects_is_silence() {
 }
 
 #[test]
+fn a_peer_that_falls_silent_at_any_moment_leaves_nobody_waiting() {
+    // The link breaks for ever after each packet in turn: of the handshake, of a question, of what goes over the link alone.
+    let mut silent = 0;
+    for fuse in 1..16 {
+        for mute in [false, true] {
+            let (mut hosts, world) = hosts(|_| ());
+            hosts.connect();
+            hosts.fuse = Some(fuse * packet::HEADER - 1);
+            let (mut a, b) = apps(&mut hosts);
+            join(&mut hosts, &a, &b);
+            let mut write = send(Opcode::Write, a.sge(8192, 100));
+            (write.remote_addr, write.rkey) = (b.addr() + 8192, b.key);
+            a.post(&write);
+            let mut add = send(Opcode::FetchAndAdd, a.sge(32_768, 8));
+            (add.remote_addr, add.rkey) = (b.addr() + 16_384, b.key);
+            a.post(&add);
+            // What the NIC has got by then is answered, or not any more.
+            world.lock().unwrap()[1].lost = mute;
+            rest(&mut hosts);
+            if hosts.up {
+                hosts.cut();
+            }
+            // A first request that was well is not an end: the next one cannot be.
+            a.post(&add);
+            let mut last = None;
+            for _ in 0..100 {
+                last = std::iter::from_fn(|| a.sends.pop()).last().or(last);
+                if a.state(&mut hosts.fabrics[0]) == QpState::Err {
+                    break;
+                }
+                assert!(hosts.wait(), "cut after {fuse} packets: nothing will ever happen");
+            }
+            rest(&mut hosts);
+            last = std::iter::from_fn(|| a.sends.pop()).last().or(last);
+            assert_eq!(a.state(&mut hosts.fabrics[0]), QpState::Err, "cut after {fuse} packets");
+            let status = last.expect("a completion").status;
+            assert!([12, 5].contains(&status), "cut after {fuse} packets: {status}");
+            silent += 1;
+        }
+    }
+    assert_eq!(silent, 30);
+}
+
+#[test]
 fn keys_that_the_peer_has_not_granted_are_refused_as_on_one_host() {
     for key in [1, 1011 + 1] {
         let (mut hosts, world, mut a, mut b) = pair_of(|_| ());
@@ -589,6 +639,28 @@ fn keys_that_the_peer_has_not_granted_are_refused_as_on_one_host() {
         assert_eq!(carried(&world), 0);
         assert!(world.lock().unwrap().iter().all(|card| card.qps.is_empty()));
     }
+}
+
+#[test]
+fn rights_that_a_qp_gets_or_loses_while_it_is_connected_hold_on_its_nic() {
+    let (mut hosts, world, mut a, b) = pair_of(|_| ());
+    let access = (Mask::STATE | Mask::ACCESS_FLAGS).bits();
+    let mut write = send(Opcode::Write, a.sge(8192, 64));
+    (write.remote_addr, write.rkey) = (b.addr() + 8192, b.key);
+    // None but reading, then all again, then none but reading.
+    for (flags, status_of_write) in
+        [(4, None), (7, Some(WcStatus::Success)), (4, Some(WcStatus::RemAccessErr))]
+    {
+        let attr = QpAttr { qp_state: QpState::Rts.value(), qp_access_flags: flags, ..QpAttr::default() };
+        hosts.fabrics[1].modify_qp(b.client, b.qpn, access, &attr).unwrap();
+        rest(&mut hosts);
+        if let Some(expected) = status_of_write {
+            a.post(&write);
+            rest(&mut hosts);
+            assert_eq!(status(a.sends.pop()), expected);
+        }
+    }
+    assert_eq!(carried(&world), 64);
 }
 
 #[test]
