@@ -171,10 +171,7 @@ impl<M: Memory> Fabric<M> {
         self.move_lines_up();
         self.tell();
         let spreads = self.has_waiting_datagrams();
-        tells_more
-            || spreads
-            || self.schedule.len() > 0
-            || self.next_timer().is_some_and(|when| when <= now)
+        tells_more || spreads || self.schedule.len() > 0 || self.next_timer().is_some_and(|when| when <= now)
     }
 
     /// Gives turns to QPs whose time has come, some at a time: many that are due together must not hold others up.
