@@ -199,7 +199,7 @@ fn killed(hosts: &Hosts) -> Result<()> {
     left.run("kill -9 $(pgrep -of 'freeflow router --config')", LIMIT)?;
     notices(client)?;
     server.kill();
-    let _router = left.start_router(&hosts.tree, "")?;
+    hosts.restart_router(0)?;
     are_clean(hosts)?;
     carried(hosts, "ibv_rc_pingpong -d ff0 -g 0 -c -e -n 100", 100).map(|_| ())
 }

@@ -1,7 +1,7 @@
 //! Two hosts in virtual machines, each with an RNIC in software, a router and a container: what tests do with them.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct Hosts {
     pub(crate) guests: [Arc<Guest>; 2],
     pub(crate) tree: Tree,
-    _routers: [GuestJob; 2],
+    routers: Mutex<[GuestJob; 2]>,
 }
 
 impl Hosts {
@@ -36,8 +36,15 @@ impl Hosts {
             guest.add_container()?;
         }
         let [left, right] = &guests;
-        let routers = [left.start_router(&tree, "")?, right.start_router(&tree, "")?];
-        Ok(Self { guests, tree, _routers: routers })
+        let routers = Mutex::new([left.start_router(&tree, "")?, right.start_router(&tree, "")?]);
+        Ok(Self { guests, tree, routers })
+    }
+
+    /// Starts the router of a host anew, after its end.
+    pub(crate) fn restart_router(&self, host: usize) -> Result<()> {
+        let router = self.guests[host].start_router(&self.tree, "")?;
+        self.routers.lock().unwrap_or_else(PoisonError::into_inner)[host] = router;
+        Ok(())
     }
 
     /// The words that run something on a host itself, with options of `freeflow run`.
