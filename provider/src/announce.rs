@@ -41,7 +41,7 @@ pub(crate) struct UserDevice {
 #[derive(Debug)]
 struct CmOps {
     open: unsafe extern "C" fn() -> c_int,
-    write: unsafe extern "C" fn(c_int, *const c_void, usize) -> isize,
+    write: unsafe extern "C-unwind" fn(c_int, *const c_void, usize) -> isize,
     close: unsafe extern "C" fn(c_int) -> c_int,
 }
 
@@ -53,8 +53,8 @@ pub(crate) struct UserOps {
     get_device: unsafe extern "C" fn(c_uint, *mut UserDevice) -> bool,
     create_comp_channel: unsafe extern "C" fn(*mut ibv_context) -> c_int,
     destroy_comp_channel: unsafe extern "C" fn(*mut ibv_context, c_int),
-    get_cq_event: unsafe extern "C" fn(*mut ibv_comp_channel, *mut *mut ibv_cq) -> c_int,
-    get_async_event: unsafe extern "C" fn(*mut ibv_context, *mut AsyncEventDesc) -> c_int,
+    get_cq_event: unsafe extern "C-unwind" fn(*mut ibv_comp_channel, *mut *mut ibv_cq) -> c_int,
+    get_async_event: unsafe extern "C-unwind" fn(*mut ibv_context, *mut AsyncEventDesc) -> c_int,
     query_gid: unsafe extern "C" fn(*mut ibv_context, u32, u32, *mut ibv_gid_entry) -> c_int,
     query_pkey: unsafe extern "C" fn(*mut ibv_context, u32, c_int, *mut u16) -> c_int,
     cm_ops: &'static CmOps,
@@ -114,7 +114,7 @@ unsafe extern "C" fn destroy_comp_channel(_context: *mut ibv_context, fd: c_int)
     unsafe { hooks::hooked_close(fd) };
 }
 
-unsafe extern "C" fn get_cq_event(channel: *mut ibv_comp_channel, into: *mut *mut ibv_cq) -> c_int {
+unsafe extern "C-unwind" fn get_cq_event(channel: *mut ibv_comp_channel, into: *mut *mut ibv_cq) -> c_int {
     // SAFETY: libibverbs passes a channel of ours.
     let fd = unsafe { (*channel).fd };
     let mut event = CompEventDesc { cq_handle: 0 };
@@ -126,7 +126,7 @@ unsafe extern "C" fn get_cq_event(channel: *mut ibv_comp_channel, into: *mut *mu
     0
 }
 
-unsafe extern "C" fn get_async_event(context: *mut ibv_context, into: *mut AsyncEventDesc) -> c_int {
+unsafe extern "C-unwind" fn get_async_event(context: *mut ibv_context, into: *mut AsyncEventDesc) -> c_int {
     // SAFETY: libibverbs passes an open context of ours.
     let fd = unsafe { (*context).async_fd };
     let mut event = AsyncEventDesc { element: 0, event_type: 0, reserved: 0 };

@@ -168,7 +168,7 @@ unsafe fn original<F: Copy>(original: &Original, fallback: F) -> F {
 
 type Write = unsafe extern "C" fn(c_int, *const c_void, usize) -> isize;
 type Ioctl = unsafe extern "C" fn(c_int, c_ulong, *mut c_void) -> c_int;
-type Read = unsafe extern "C" fn(c_int, *mut c_void, usize) -> isize;
+type CancellableRead = unsafe extern "C-unwind" fn(c_int, *mut c_void, usize) -> isize;
 type Close = unsafe extern "C" fn(c_int) -> c_int;
 type OpenAt = unsafe extern "C" fn(c_int, *const c_char, c_int, libc::mode_t) -> c_int;
 type NlConnect = unsafe extern "C" fn(*mut c_void, c_int) -> c_int;
@@ -274,60 +274,100 @@ pub(crate) fn event_counter() -> Result<OwnedFd, Errno> {
 }
 
 /// `read(2)` as libibverbs calls it.
-pub(crate) unsafe extern "C" fn hooked_read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
-    match registry::look_up(fd) {
-        Some((role @ (Role::Completion | Role::Async), owner)) => edge::syscall(|| {
-            let Owner::Live(device) = owner else { return Err(Errno::IO) };
-            let wait = || {
-                device.before_wait(fd, role);
-                take_count(fd)
-            };
-            match role {
-                Role::Completion => {
-                    // SAFETY: libibverbs passes `length` writable bytes.
-                    unsafe { read_event(wait, || device.next_comp_event(fd), buffer, length) }
-                }
-                // SAFETY: as above.
-                _ => unsafe { read_event(wait, || device.next_async_event(), buffer, length) },
-            }
-        }),
-        // SAFETY: the caller's own arguments for the caller's own function.
-        _ => unsafe { original::<Read>(&READ, libc::read)(fd, buffer, length) },
-    }
-}
-
-/// Waits for one count after the other until one has an event, and stores its record.
 ///
-/// # Safety
-/// `buffer` must be writable for `length` bytes.
-unsafe fn read_event<T>(
-    wait: impl Fn() -> Result<(), Errno>,
-    next: impl Fn() -> Result<Option<T>, Errno>,
-    buffer: *mut c_void,
-    length: usize,
-) -> Result<isize, Errno> {
-    if length < size_of::<T>() {
-        return Err(Errno::INVAL);
-    }
+/// It is where a thread that waits for an event is cancelled. So the wait lies outside of all that catches, in a frame
+/// with nothing to drop.
+#[allow(ffi_unwind_calls, reason = "a cancelled thread unwinds from there, through this frame")]
+pub(crate) unsafe extern "C-unwind" fn hooked_read(fd: c_int, buffer: *mut c_void, length: usize) -> isize {
+    let role = edge::value(None, || match registry::look_up(fd) {
+        Some((role @ (Role::Completion | Role::Async), _)) => Some(role),
+        _ => None,
+    });
+    // SAFETY: the original has this type.
+    let read = unsafe { original::<CancellableRead>(&READ, cancellable::read) };
+    let Some(role) = role else {
+        // SAFETY: the caller's own arguments for the caller's own function.
+        return unsafe { read(fd, buffer, length) };
+    };
     loop {
-        wait()?;
-        if let Some(record) = next()? {
-            // SAFETY: the caller's promise, and the length was checked.
-            unsafe { buffer.cast::<T>().write_unaligned(record) };
-            return Ok(size_of::<T>() as isize);
+        if edge::syscall(|| prepare_wait(fd, role, length)) < 0_isize {
+            return -1;
+        }
+        let mut count = 0_u64;
+        // SAFETY: eight writable bytes.
+        if unsafe { read(fd, (&raw mut count).cast(), size_of::<u64>()) } != size_of::<u64>() as isize {
+            return -1;
+        }
+        // SAFETY: libibverbs passes `length` writable bytes.
+        let stored = edge::syscall(|| unsafe { take_event(fd, role, buffer) });
+        // A count may lead to no event: it was taken back, or another thread was faster.
+        if stored != 0 {
+            return stored;
         }
     }
 }
 
-/// Takes one count from an event counter, waiting for it unless the descriptor is non-blocking.
-fn take_count(fd: RawFd) -> Result<(), Errno> {
-    let mut count = 0_u64;
-    // SAFETY: eight writable bytes for a function of `read`'s type.
-    let taken = unsafe { original::<Read>(&READ, libc::read)(fd, (&raw mut count).cast(), size_of::<u64>()) };
-    match taken {
-        8 => Ok(()),
-        -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
+/// The device behind a descriptor, if this is its process.
+fn live(fd: RawFd) -> Result<Arc<dyn CommandChannel>, Errno> {
+    match registry::look_up(fd) {
+        Some((_, Owner::Live(device))) => Ok(device),
         _ => Err(Errno::IO),
+    }
+}
+
+fn prepare_wait(fd: RawFd, role: Role, length: usize) -> Result<isize, Errno> {
+    let device = live(fd)?;
+    let least =
+        if role == Role::Completion { size_of::<CompEventDesc>() } else { size_of::<AsyncEventDesc>() };
+    if length < least {
+        return Err(Errno::INVAL);
+    }
+    device.before_wait(fd, role);
+    Ok(0)
+}
+
+/// Stores the next event's record, and says how long it is; 0 where there is none.
+///
+/// # Safety
+/// `buffer` must be writable for a record.
+unsafe fn take_event(fd: RawFd, role: Role, buffer: *mut c_void) -> Result<isize, Errno> {
+    let device = live(fd)?;
+    if role == Role::Completion {
+        let record = device.next_comp_event(fd)?;
+        // SAFETY: the caller's promise.
+        return Ok(record.map_or(0, |record| unsafe { store(record, buffer) }));
+    }
+    let record = device.next_async_event()?;
+    // SAFETY: the caller's promise.
+    Ok(record.map_or(0, |record| unsafe { store(record, buffer) }))
+}
+
+/// # Safety
+/// `buffer` must be writable for a `T`.
+unsafe fn store<T>(record: T, buffer: *mut c_void) -> isize {
+    // SAFETY: the caller's promise.
+    unsafe { buffer.cast::<T>().write_unaligned(record) };
+    size_of::<T>() as isize
+}
+
+/// Functions of libc at which a thread may be cancelled, and unwinds.
+mod cancellable {
+    use std::ffi::{c_int, c_void};
+
+    unsafe extern "C-unwind" {
+        pub(super) fn read(fd: c_int, buffer: *mut c_void, length: usize) -> isize;
+        fn poll(fds: *mut libc::pollfd, count: libc::nfds_t, timeout: c_int) -> c_int;
+    }
+
+    /// Waits until something can be read from a descriptor.
+    ///
+    /// # Safety
+    /// The frames from here to the next one of C must have nothing to drop.
+    #[allow(ffi_unwind_calls, reason = "a cancelled thread unwinds from there, through this frame")]
+    pub(super) unsafe extern "C-unwind" fn wait(fd: c_int) {
+        let mut polled = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one structure, as is said.
+        unsafe { poll(&raw mut polled, 1, -1) };
     }
 }
 

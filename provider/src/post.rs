@@ -340,7 +340,7 @@ pub(crate) unsafe extern "C" fn send(
     wr: *mut ibv_send_wr,
     bad: *mut *mut ibv_send_wr,
 ) -> c_int {
-    edge::status(|| {
+    edge::quick_status(|| {
         // SAFETY: the application passes a live QP of ours.
         let (c, qp) = (qp, unsafe { Qp::of(qp) });
         let mut next = wr;
@@ -483,7 +483,7 @@ pub(crate) unsafe extern "C" fn recv(
     wr: *mut ibv_recv_wr,
     bad: *mut *mut ibv_recv_wr,
 ) -> c_int {
-    edge::status(|| {
+    edge::quick_status(|| {
         // SAFETY: the application passes a live QP of ours.
         let qp = unsafe { Qp::of(qp) };
         let mut next = wr;

@@ -374,7 +374,7 @@ pub(crate) unsafe extern "C" fn post_recv(
     wr: *mut ibv_recv_wr,
     bad: *mut *mut ibv_recv_wr,
 ) -> c_int {
-    edge::status(|| {
+    edge::quick_status(|| {
         // SAFETY: the application passes a live SRQ of ours.
         let srq = unsafe { Srq::of(srq) };
         let mut next = wr;

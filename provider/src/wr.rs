@@ -184,7 +184,7 @@ unsafe extern "C" fn start(qp: *mut ibv_qp_ex) {
 }
 
 unsafe extern "C" fn complete(qp: *mut ibv_qp_ex) -> c_int {
-    edge::status(|| {
+    edge::quick_status(|| {
         // SAFETY: the application calls it after `wr_start`, in the same thread.
         let (own, queue) = unsafe { locked(qp) };
         let (must_ring, streams) = (queue.commit(own), queue.streams(own));

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use verbs_abi::ffi::ibv_qp_attr;
 
-use crate::tcp::sockaddr;
+use crate::{cancel::Wait, tcp::sockaddr};
 
 /// `RDMA_PS_TCP`.
 pub(crate) const TCP: c_int = 0x0106;
@@ -188,6 +188,13 @@ impl Channel {
         let mut polled = libc::pollfd { fd: self.fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one live entry.
         unsafe { libc::poll(&raw mut polled, 1, within.as_millis() as c_int) == 1 }
+    }
+
+    /// What a thread that waits for an event is in.
+    pub(crate) fn wait(&self) -> Result<Wait> {
+        let function = library()?.rdma_get_cm_event;
+        // SAFETY: a pointer for a pointer; a third argument goes into a register that the function does not read.
+        Ok(Wait { function: unsafe { std::mem::transmute_copy(&function) }, channel: self.0.cast() })
     }
 
     /// The next event, acknowledged; waits unless the channel does not block.

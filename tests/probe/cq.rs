@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cancel::Wait,
     library::library,
     verbs::{Context, Errno, check, pointer, readable},
 };
@@ -46,6 +47,13 @@ impl Channel {
     pub(crate) fn fd(&self) -> c_int {
         // SAFETY: the channel is alive.
         unsafe { self.raw.as_ref() }.fd
+    }
+
+    /// What a thread that waits for an event is in.
+    pub(crate) fn wait(&self) -> Wait {
+        let function = library().ibv_get_cq_event;
+        // SAFETY: a pointer for a pointer, of as many arguments.
+        Wait { function: unsafe { std::mem::transmute_copy(&function) }, channel: self.raw.as_ptr().cast() }
     }
 
     /// Blocks for an event of any CQ, acknowledges it, and tells the CQ's address.

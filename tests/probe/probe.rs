@@ -8,6 +8,7 @@ mod across;
 mod beside;
 mod buffer;
 mod cable;
+mod cancel;
 mod checks;
 mod cm;
 mod cq;

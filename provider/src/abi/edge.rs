@@ -1,4 +1,7 @@
 //! The edge between C and Rust: no panic crosses it, and an [`Errno`] leaves by it as C expects.
+//!
+//! A thread that is cancelled (pthread_cancel(3)) unwinds, and what catches that without throwing it on ends the program.
+//! So cancellation is put off here; where a thread waits for others it can be cancelled outside ([`crate::hooks`]).
 
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,6 +18,24 @@ pub(crate) fn set_errno(errno: Errno) {
     unsafe { *libc::__errno_location() = errno.raw_os_error() }
 }
 
+unsafe extern "C" {
+    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
+}
+
+/// `PTHREAD_CANCEL_DISABLE` of glibc's pthread.h.
+const CANCEL_DISABLE: c_int = 1;
+
+/// Runs `body`, which does not unwind, with the thread's cancellation put off.
+fn uncancelled<R>(body: impl FnOnce() -> R) -> R {
+    let (mut before, mut ours) = (0, 0);
+    // SAFETY: it changes the calling thread's own state and stores what that was.
+    unsafe { pthread_setcancelstate(CANCEL_DISABLE, &raw mut before) };
+    let result = body();
+    // SAFETY: as above.
+    unsafe { pthread_setcancelstate(before, &raw mut ours) };
+    result
+}
+
 /// Runs `body` and leaves errno as it was, for work that C must not notice.
 pub(crate) fn keeping_errno<R>(body: impl FnOnce() -> R) -> R {
     // SAFETY: `__errno_location` always returns the valid address of this thread's errno.
@@ -29,6 +50,12 @@ pub(crate) fn keeping_errno<R>(body: impl FnOnce() -> R) -> R {
 
 /// For verbs that return 0 or an errno value.
 pub(crate) fn status(body: impl FnOnce() -> Result<(), Errno>) -> c_int {
+    uncancelled(|| quick_status(body))
+}
+
+/// The same for posting, which makes no call at which a thread is cancelled.
+#[inline]
+pub(crate) fn quick_status(body: impl FnOnce() -> Result<(), Errno>) -> c_int {
     match caught(body) {
         Ok(()) => 0,
         Err(errno) => errno.raw_os_error(),
@@ -37,7 +64,7 @@ pub(crate) fn status(body: impl FnOnce() -> Result<(), Errno>) -> c_int {
 
 /// For verbs that return an object, or null with errno set.
 pub(crate) fn pointer<T>(body: impl FnOnce() -> Result<*mut T, Errno>) -> *mut T {
-    caught(body).unwrap_or_else(|errno| {
+    uncancelled(|| caught(body)).unwrap_or_else(|errno| {
         set_errno(errno);
         ptr::null_mut()
     })
@@ -45,7 +72,7 @@ pub(crate) fn pointer<T>(body: impl FnOnce() -> Result<*mut T, Errno>) -> *mut T
 
 /// For functions shaped like system calls: a value, or -1 with errno set.
 pub(crate) fn syscall<T: From<i8>>(body: impl FnOnce() -> Result<T, Errno>) -> T {
-    caught(body).unwrap_or_else(|errno| {
+    uncancelled(|| caught(body)).unwrap_or_else(|errno| {
         set_errno(errno);
         T::from(-1)
     })

@@ -11,11 +11,13 @@
 //! devices of the kernel as well. The device node need not exist.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use super::registry::{self, Owner, Role};
-use super::{CommandChannel, NL_CONNECT, Write, hooked_nl_connect, original};
+use super::{CommandChannel, NL_CONNECT, Write, cancellable, hooked_nl_connect, original};
 use crate::abi::edge::{self, Errno};
 use crate::got::{Hook, Original};
 use crate::ucma::{self, NODE};
@@ -107,8 +109,40 @@ fn device_status() -> libc::stat {
     status
 }
 
-/// `write(2)` as librdmacm calls it.
-pub(crate) unsafe extern "C" fn hooked_write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
+/// `RDMA_USER_CM_CMD_GET_EVENT` of rdma_user_cm.h.
+const GET_EVENT: u32 = 12;
+
+/// Whether a command waits for an event: one that asks for it, on a descriptor that blocks.
+fn waits(fd: c_int, buffer: *const c_void, length: usize) -> bool {
+    // SAFETY: librdmacm passes `length` readable bytes.
+    if length < size_of::<u32>() || unsafe { buffer.cast::<u32>().read_unaligned() } != GET_EVENT {
+        return false;
+    }
+    edge::value(false, || {
+        let is_live = matches!(registry::look_up(fd), Some((Role::EventChannel, Owner::Live(_))));
+        // SAFETY: the caller is using the descriptor, which therefore is open.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(fd) };
+        is_live && rustix::fs::fcntl_getfl(descriptor).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK))
+    })
+}
+
+/// `write(2)` as librdmacm calls it. A thread that waits for an event can be cancelled, as in [`super::hooked_read`].
+pub(crate) unsafe extern "C-unwind" fn hooked_write(
+    fd: c_int,
+    buffer: *const c_void,
+    length: usize,
+) -> isize {
+    if waits(fd, buffer, length) {
+        // SAFETY: this frame has nothing to drop, and its caller is C.
+        unsafe { cancellable::wait(fd) };
+    }
+    // SAFETY: the caller's own arguments.
+    unsafe { write(fd, buffer, length) }
+}
+
+/// # Safety
+/// As for [`hooked_write`].
+unsafe fn write(fd: c_int, buffer: *const c_void, length: usize) -> isize {
     match registry::look_up(fd) {
         Some((Role::EventChannel, owner)) => edge::syscall(|| {
             // A child has the parent's channel: what happens on it is the parent's.

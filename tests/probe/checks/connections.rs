@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Result, anyhow, ensure};
 use verbs_abi::ffi::{IBV_QPS_RTR, IBV_QPS_RTS};
 
-use crate::cm::{Channel, ConnParam, Event, Id, errno, kind};
+use crate::{
+    cancel,
+    cm::{Channel, ConnParam, Event, Id, errno, kind},
+};
 
 const AT_ONCE: Duration = Duration::ZERO;
 /// `RDMA_OPTION_ID_TOS`, `_REUSEADDR`, `_AFONLY`, `_ACK_TIMEOUT`.
@@ -220,6 +223,16 @@ fn late_options() -> Result<()> {
         ensure!(told == timeout, "the ACK timeout is {told} instead of {timeout}");
     }
     Ok(())
+}
+
+/// The channel goes on: another thread gets the next event.
+pub(crate) fn cancelled() -> Result<()> {
+    let channel = Channel::new()?;
+    cancel::while_it_waits(&channel.wait()?)?;
+    let id = Id::new(&channel)?;
+    id.resolve(loopback(1))?;
+    channel.expect(kind::ADDR_RESOLVED)?;
+    id.destroy()
 }
 
 pub(crate) fn forked_child() -> Result<()> {

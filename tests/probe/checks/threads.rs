@@ -14,6 +14,7 @@ use anyhow::{Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
+    cancel,
     cq::{Channel, Cq},
     pair::{Address, End, SOON, Setup},
     qp::{Qp, QpInit, Send},
@@ -137,6 +138,20 @@ pub(crate) fn coming_and_going() -> Result<()> {
         ensure!(count > 0, "the traffic stood still");
         ended
     })
+}
+
+/// The channel goes on: the next event is there for another thread.
+pub(crate) fn cancelled() -> Result<()> {
+    let end = End::new(&Setup::new(IBV_QPT_RC))?;
+    let channel = Channel::new(&end.context)?;
+    cancel::while_it_waits(&channel.wait())?;
+    let cq = Cq::new(&end.context, 8, Some(&channel))?;
+    let qp = own_peer(&end, &cq)?;
+    cq.arm(false)?;
+    qp.recv(1, &[])?;
+    qp.send(&Send::new(IBV_WR_SEND))?;
+    ensure!(channel.event()? == cq.addr(), "an event of another CQ");
+    Ok(())
 }
 
 /// CQs go while their events are unread, being read, or waited for by a thread that sleeps on the channel.
