@@ -47,9 +47,20 @@ impl Handles {
             Answer::Mr { key } => self.keys.push(*key),
             Answer::Qp(new) => self.qps.push(new.qpn),
             Answer::Srq(new) => self.srqs.push(new.number),
-            Answer::Cm(CmAnswer::Id(id)) => self.ids.push(*id),
-            Answer::Cm(CmAnswer::Event(Some(event))) => self.ids.push(event.id),
+            Answer::Cm(answer) => self.learn_id(answer),
+            Answer::CmAhead(answer, events) => {
+                self.learn_id(answer);
+                self.ids.extend(events.iter().map(|event| event.id));
+            }
             Answer::Gids(gids) => self.gid = gids.first().copied().unwrap_or_default(),
+            _ => {}
+        }
+    }
+
+    fn learn_id(&mut self, answer: &CmAnswer) {
+        match answer {
+            CmAnswer::Id(id) => self.ids.push(*id),
+            CmAnswer::Event(Some(event)) => self.ids.push(event.id),
             _ => {}
         }
     }
@@ -76,9 +87,12 @@ impl Handles {
             22 => Request::CmHello { version: LAYOUT_VERSION + u32::from(input.u8() == 0) },
             23 => Request::Cm(CmRequest::OpenChannel),
             24 => Request::Cm(CmRequest::CloseChannel { channel: one_of(&self.small, input) }),
-            25..=30 => {
+            kind @ 25..=30 => {
                 let (channel, command) = (one_of(&self.small, input), self.command(input));
-                Request::Cm(CmRequest::Ask { channel, command })
+                Request::Cm(match kind {
+                    30 => CmRequest::AskAhead { channel, command },
+                    _ => CmRequest::Ask { channel, command },
+                })
             }
             17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
             18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },
