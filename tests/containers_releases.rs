@@ -1,16 +1,18 @@
 //! Promise: one provider file serves the rdma-core of every Debian release from 11 to testing (33 to 65 and newer) with
-//! the verbs tools of that release, and the oldest talks to the newest through one router.
+//! the verbs tools of that release, those that meet by name and TCP programs over its rsocket among them, and the oldest
+//! talks to the newest through one router.
 
 mod common;
 
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Result, ensure};
-use common::{SHORT, Stage, container, device::Device, pingpong, rootfs};
+use common::{SHORT, Stage, container, device::Device, pingpong, programs, rootfs};
 use libtest_mimic::Trial;
 use xtask::{
-    bed::{Bed, Tool},
+    bed::{Bed, PairOutcome, Tool, free_port},
     perftest,
+    process::{Job, Outcome},
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -21,11 +23,14 @@ const OLDEST: &str = "bullseye";
 const NEWEST: &str = "testing";
 const PINGPONGS: [&str; 4] = ["ibv_rc_pingpong", "ibv_uc_pingpong", "ibv_ud_pingpong", "ibv_srq_pingpong"];
 /// The perftest of the release: each verb, polling or with events.
-const PERFTEST: [(&str, &[&str]); 4] = [
+const PERFTEST: [(&str, &[&str]); 7] = [
     ("ib_write_bw", &["-s", "65536", "-n", "500"]),
     ("ib_read_lat", &["-n", "500"]),
     ("ib_send_bw", &["-e", "-n", "500"]),
     ("ib_atomic_lat", &["-n", "500"]),
+    ("ib_write_bw", &["-R", "-n", "500"]),
+    ("ib_send_lat", &["-R", "-n", "500"]),
+    ("ib_send_bw", &["-R", "-c", "UD", "-n", "500"]),
 ];
 
 fn main() -> ExitCode {
@@ -52,7 +57,81 @@ fn of_release(suite: &'static str, name: &str) -> Vec<Trial> {
         let name = format!("{name}: {program} {}", options.join(" "));
         trials.push(trial(&stage, name, move |bed| measure(bed, &Tool::new(program, options))));
     }
+    for (program, test) in programs::of_release() {
+        if suite == NEWEST && program.starts_with("cmtime") {
+            let name = format!("{name}: {program}");
+            trials.push(skipped(
+                name,
+                "this release's cmtime has other options, which are not tried yet".to_owned(),
+            ));
+            continue;
+        }
+        trials.push(trial(&stage, format!("{name}: {program}"), test));
+    }
+    trials.push(trial(&stage, format!("{name}: iperf over rsocket"), iperf));
+    if suite == NEWEST {
+        trials.push(trial(&stage, format!("{name}: iperf3 over rsocket"), iperf3));
+        trials.push(trial(&stage, format!("{name}: redis over rsocket"), redis));
+    }
     trials
+}
+
+/// A TCP program over rsocket in a container: the preload library before the one that is there.
+fn preloaded(bed: &Bed, words: &str) -> Vec<String> {
+    let preload = format!("LD_PRELOAD={}:{}", programs::RSPRELOAD, bed.tree.preload().display());
+    ["env", &preload].into_iter().chain(words.split(' ')).map(str::to_owned).collect()
+}
+
+/// A server that ends with its client, and the client.
+fn over_rsocket(bed: &Bed, server: &str, client: &str, port: u16) -> Result<PairOutcome> {
+    // That the router lists it shows that it is no TCP any more.
+    let server = bed.start_cm_server(&preloaded(bed, server), port, LIMIT)?;
+    let client = Job::spawn(bed.command(&bed.client, &preloaded(bed, client)), LIMIT)?.wait()?;
+    let server = if client.succeeded() { server.wait()? } else { server.stop(Duration::from_millis(500))? };
+    let outcome = PairOutcome { server, client };
+    outcome.success()?;
+    Ok(outcome)
+}
+
+fn iperf(bed: &Bed) -> Result<()> {
+    let port = free_port()?;
+    let (server, address) = (format!("iperf -s -p {port} -P 1"), &bed.server.address);
+    let outcome = over_rsocket(bed, &server, &format!("iperf -c {address} -p {port} -n 16M"), port)?;
+    ensure!(outcome.client.stdout.contains("16.0 MBytes"), "{}", outcome.report());
+    Ok(())
+}
+
+/// Its threads end by being cancelled while they wait for a completion.
+fn iperf3(bed: &Bed) -> Result<()> {
+    let port = free_port()?;
+    let (server, address) = (format!("iperf3 -s -1 -p {port}"), &bed.server.address);
+    let outcome = over_rsocket(bed, &server, &format!("iperf3 -c {address} -p {port} -n 16M"), port)?;
+    ensure!(outcome.client.stdout.contains("receiver"), "{}", outcome.report());
+    Ok(())
+}
+
+/// Waits by epoll, for which librspreload of the newest release cares.
+fn redis(bed: &Bed) -> Result<()> {
+    let port = free_port()?;
+    let words =
+        format!("redis-server --port {port} --protected-mode no --appendonly no --save  --dir /dev/shm");
+    let server = bed.start_cm_server(&preloaded(bed, &words), port, LIMIT)?;
+    let ask = |words: &str| {
+        let words = preloaded(bed, &words.replace("AT", &format!("-h {} -p {port}", bed.server.address)));
+        Job::spawn(bed.command(&bed.client, &words), LIMIT)?.wait()
+    };
+    let value = "x".repeat(5000);
+    let outcomes = [
+        ask(&format!("redis-cli AT set name {value}"))?,
+        ask("redis-cli AT get name")?,
+        ask("redis-benchmark AT -n 2000 -c 4 -t set,get --csv")?,
+    ];
+    let server = server.stop(Duration::from_secs(2))?;
+    let report = || format!("{}{}", server.report(), outcomes.each_ref().map(Outcome::report).concat());
+    ensure!(outcomes.iter().all(Outcome::succeeded), "{}", report());
+    ensure!(outcomes[1].stdout.trim() == value, "another value\n{}", report());
+    ensure!(["\"SET\"", "\"GET\""].iter().all(|test| outcomes[2].stdout.contains(test)), "{}", report());
+    Ok(())
 }
 
 fn oldest_with_newest() -> Vec<Trial> {

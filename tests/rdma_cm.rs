@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         let mut trials = programs::trials(&one, "one host");
         trials.extend(probe::checks(&one, |check| check.starts_with("rdma_cm ")));
         trials.extend(programs::endings(&one, "one host"));
+        trials.extend(programs::perftest(&one, "one host"));
         if common::is_root() {
             let two = Stage::new(|| Bed::across_namespaces(common::tree()?));
             trials.extend(programs::trials(&two, "two namespaces"));

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use tempfile::TempDir;
 use xtask::{
-    bed::{Bed, PairOutcome, free_port},
+    bed::{Bed, PairOutcome, Tool, free_port},
     process::{Job, Outcome, has_program},
 };
 
@@ -49,6 +49,74 @@ const TOOLS: &[(&str, &str, &str)] = &[
     ("riostream -T b", "riostream -p PORT -S 4000 -T b", "riostream -p PORT -S 4000 -T b -s ADDR"),
     ("riostream -T v", "riostream -p PORT -S 4000 -T v", "riostream -p PORT -S 4000 -T v -s ADDR"),
 ];
+
+/// Of [`TOOLS`], each program once, where the question is whether a release's programs work at all.
+const EACH: [&str; 13] = [
+    "rping",
+    "ucmatose",
+    "ucmatose that migrates",
+    "ucmatose with a TOS",
+    "udaddy",
+    "rdma_server",
+    "rdma_xserver",
+    "rdma_xserver over XRC",
+    "rstream",
+    "rstream -T b",
+    "rstream -T n",
+    "riostream",
+    "riostream -T b",
+];
+
+/// perftest, connected by name: each of its tools, with each transport that it has.
+const BY_NAME: &[(&str, &[&str])] = &[
+    ("ib_write_bw", &["-R", "-s", "65536", "-n", "200"]),
+    ("ib_read_bw", &["-R", "-n", "200"]),
+    ("ib_send_bw", &["-R", "-q", "4", "-n", "100"]),
+    ("ib_send_bw", &["-R", "-c", "UD", "-n", "200"]),
+    ("ib_atomic_bw", &["-R", "-n", "200"]),
+    ("ib_write_lat", &["-R", "-n", "100"]),
+    ("ib_read_lat", &["-R", "-n", "100"]),
+    ("ib_send_lat", &["-R", "-n", "100"]),
+    ("ib_send_lat", &["-R", "-c", "UD", "-n", "100"]),
+    ("ib_atomic_lat", &["-R", "-n", "100"]),
+];
+
+/// perftest by name.
+pub(crate) fn perftest(stage: &Stage, place: &str) -> Vec<Trial> {
+    let trials = BY_NAME.iter().map(|(program, options)| {
+        let name = format!("{program} {} ({place})", options.join(" "));
+        stage.trial(name, move |bed| bed.run_pair(&Tool::new(program, options), LIMIT)?.success())
+    });
+    trials.collect()
+}
+
+/// A test of one program.
+pub(crate) type Test = Box<dyn FnOnce(&Bed) -> Result<()> + Send>;
+
+/// The programs of a release between two containers: name and test.
+pub(crate) fn of_release() -> Vec<(&'static str, Test)> {
+    let tools = TOOLS.iter().filter(|(name, ..)| EACH.contains(name));
+    let test = |&(name, server, client): &(&'static str, &'static str, &'static str)| {
+        (name, Box::new(move |bed: &Bed| tool(bed, server, client)) as Test)
+    };
+    let others: [(&str, Test); 3] = [
+        ("mckey", Box::new(multicast)),
+        ("cmtime of 1000 connections", Box::new(cmtime)),
+        ("rcopy", Box::new(rcopy_in_containers)),
+    ];
+    tools.map(test).chain(others).collect()
+}
+
+/// What is copied is there in each container, and the copy goes where everybody may write.
+fn rcopy_in_containers(bed: &Bed) -> Result<()> {
+    let client = format!("rcopy /usr/bin/rping {}:/dev/shm/copy -p PORT", bed.server.address);
+    with_server(bed, "rcopy -p PORT", &client)?;
+    let words = super::words(&["sha256sum", "/usr/bin/rping", "/dev/shm/copy"]);
+    let sums = Job::spawn(bed.server.plain_command(&words), SHORT)?.wait()?;
+    let digests: Vec<&str> = sums.stdout.lines().filter_map(|line| line.split(' ').next()).collect();
+    ensure!(matches!(digests[..], [from, to] if from == to), "the copy differs\n{}", sums.report());
+    Ok(())
+}
 
 pub(crate) fn no_tools() -> Option<String> {
     (!has_program("rping")).then(|| "rdmacm-utils is not installed".to_owned())
@@ -173,10 +241,10 @@ fn multicast(bed: &Bed) -> Result<()> {
     PairOutcome { server, client }.success()
 }
 
-const RSPRELOAD: &str = "/usr/lib/x86_64-linux-gnu/rsocket/librspreload.so";
+pub(crate) const RSPRELOAD: &str = "/usr/lib/x86_64-linux-gnu/rsocket/librspreload.so";
 
 /// A TCP program over rsocket: its words after a shell that adds the preload library to those that are there.
-fn preloaded(words: &str) -> Vec<String> {
+pub(crate) fn preloaded(words: &str) -> Vec<String> {
     let script = format!("LD_PRELOAD={RSPRELOAD}:$LD_PRELOAD exec {words}");
     vec!["sh".to_owned(), "-c".to_owned(), script]
 }

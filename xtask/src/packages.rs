@@ -34,6 +34,14 @@ pub(crate) const RDMA_CM: [Package; 2] = [
     package("iperf", "iperf", "a TCP program for rsocket"),
 ];
 
+/// TCP programs for rsocket; the tests of those that are missing are skipped.
+pub(crate) const RSOCKET: [Package; 4] = [
+    package("mini-httpd", "mini_httpd", "an HTTP server for rsocket"),
+    package("httperf", "httperf", "a load generator for it"),
+    package("netcat-traditional", "nc.traditional", "a file sent over rsocket"),
+    package("netpipe-tcp", "NPtcp", "a TCP benchmark that checks what it gets, for rsocket"),
+];
+
 /// Allocators that give memory back as soon as they can.
 pub(crate) const ALLOCATORS: [Package; 2] = [
     package("libjemalloc2", "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2", "registered memory under jemalloc"),

@@ -127,7 +127,7 @@ fn run_tier(tier: Tier, options: &Options, tree: &mut Option<Tree>) -> Result<Co
     }
     if tier == Tier::Process {
         // Without these a few tests are skipped, not the tier.
-        for optional in [&packages::PROGRAMS[..], &packages::RDMA_CORE] {
+        for optional in [&packages::PROGRAMS[..], &packages::RSOCKET, &packages::RDMA_CORE] {
             packages::require(optional).unwrap_or_else(|error| println!("{error:#}"));
         }
     }
