@@ -7,6 +7,7 @@ mod links;
 mod peers;
 mod ratios;
 mod registration;
+mod rsocket;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -37,7 +38,7 @@ pub(crate) fn main(options: &Options) -> Result<ExitCode> {
     if !options.system {
         bench_crates(filter)?;
     }
-    let all = RATIOS.iter().chain(&direct::RATIOS).chain(&links::RATIOS);
+    let all = RATIOS.iter().chain(&direct::RATIOS).chain(&links::RATIOS).chain(&rsocket::RATIOS);
     let ratios: Vec<&Ratio> = all.filter(|ratio| ratio.name.contains(filter)).collect();
     if ratios.is_empty() {
         return Ok(ExitCode::SUCCESS);
