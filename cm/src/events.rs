@@ -67,37 +67,6 @@ impl Manager {
         Some(Event { known, ..event })
     }
 
-    /// Hands more events of a channel out, up to `most`. `fresh`: those that no [`Self::take_rings`] has told of yet,
-    /// where none is older, and none will; else those that one has. Requests for connections and events of
-    /// memberships are left: they count for others than the id that they name.
-    pub fn hand_out_ahead(&mut self, client: u32, channel: u32, fresh: bool, most: usize) -> Vec<Event> {
-        let queue = self.clients.get(&client).and_then(|known| known.channels.get(&channel));
-        let Some(waiting) = queue.map(VecDeque::len) else { return Vec::new() };
-        let untold = self.rings.iter().filter(|&&ring| ring == (client, channel)).count();
-        let told = waiting.saturating_sub(untold);
-        let count = match fresh {
-            true if told > 0 => 0,
-            true => untold.min(most),
-            false => told.min(most),
-        };
-        let events: Vec<Event> = (0..count).map_while(|_| self.next_plain(client, channel)).collect();
-        let mut gone = if fresh { events.len() } else { 0 };
-        self.rings.retain(|&ring| {
-            let stays = gone == 0 || ring != (client, channel);
-            gone -= usize::from(!stays);
-            stays
-        });
-        events
-    }
-
-    fn next_plain(&mut self, client: u32, channel: u32) -> Option<Event> {
-        let next = self.clients.get(&client)?.channels.get(&channel)?.front()?;
-        if next.request.is_some() || next.membership.is_some() {
-            return None;
-        }
-        self.next_event(client, channel)
-    }
-
     /// What librdmacm asks after an event of this kind.
     fn known(&self, kind: EventKind, comm: CommId) -> Option<Box<Known>> {
         use EventKind::{AddrResolved, ConnectRequest, ConnectResponse, RouteResolved};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bed::{Bed, CHANNEL, PORT, data, ip, param, place};
 use cm::{Refusal, Settings, reason, sidr, space};
-use verbs_abi::proto::cm::{CmAnswer, CmOption, Command, ConnParam, Event, EventKind};
+use verbs_abi::proto::cm::{CmAnswer, CmOption, Command, ConnParam, EventKind};
 
 const LONG: Duration = Duration::from_secs(120);
 
@@ -405,44 +405,6 @@ fn each_queued_event_rings_once() {
     bed.routed(2, space::TCP, "10.0.0.1:7000");
     assert_eq!(bed.manager.take_rings(), [(2, CHANNEL), (2, CHANNEL)]);
     assert!(bed.manager.take_rings().is_empty());
-}
-
-#[test]
-fn events_are_handed_out_ahead_in_their_order_and_ring_once_or_not_at_all() {
-    let mut bed = Bed::new();
-    bed.listener(space::TCP, 8);
-    let kinds = |events: Vec<Event>| events.into_iter().map(|event| event.kind).collect::<Vec<_>>();
-    let id = bed.create(2, space::TCP);
-    bed.manager.take_rings();
-    let resolve = |id| Command::ResolveAddr {
-        id,
-        source: None,
-        destination: ip(&format!("10.0.0.1:{PORT}")),
-        timeout_ms: 1000,
-    };
-    bed.ask(2, resolve(id)).unwrap();
-    // What a command has brought needs no ring where it is handed out with the answer.
-    assert_eq!(kinds(bed.manager.hand_out_ahead(2, CHANNEL, true, 8)), [EventKind::AddrResolved]);
-    assert_eq!(bed.manager.take_rings(), []);
-    assert_eq!(bed.event(2), None);
-    // Behind one that was rung for it waits.
-    let other = bed.create(2, space::TCP);
-    bed.ask(2, Command::ResolveRoute { id }).unwrap();
-    assert_eq!(bed.manager.take_rings(), [(2, CHANNEL)]);
-    bed.ask(2, resolve(other)).unwrap();
-    assert_eq!(bed.manager.hand_out_ahead(2, CHANNEL, true, 8), []);
-    assert_eq!(kinds(bed.manager.hand_out_ahead(2, CHANNEL, false, 8)), [EventKind::RouteResolved]);
-    assert_eq!(bed.manager.take_rings(), [(2, CHANNEL)]);
-    assert_eq!(kinds(bed.manager.hand_out_ahead(2, CHANNEL, false, 0)), []);
-    assert_eq!(kinds(bed.manager.hand_out_ahead(2, CHANNEL, false, 8)), [EventKind::AddrResolved]);
-    // They count for their ids, as all that are handed out.
-    assert_eq!((bed.destroy(2, other), bed.destroy(2, id)), ((1, 0), (2, 0)));
-    // A request counts for the listener: it is asked for.
-    bed.asking(space::TCP);
-    bed.manager.take_rings();
-    assert_eq!(bed.manager.hand_out_ahead(1, CHANNEL, false, 8), []);
-    bed.expect(1, EventKind::ConnectRequest);
-    assert_eq!(bed.manager.hand_out_ahead(7, CHANNEL, false, 8), []);
 }
 
 #[test]

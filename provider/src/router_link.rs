@@ -7,9 +7,8 @@ use std::env;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use verbs_abi::proto::{Answer, Endpoint, ProtoError, Reply, Request};
@@ -26,25 +25,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Replies that may wait in the socket for the next request: fewer than the router would take amiss.
 const MAX_UNREAD: u32 = 8;
 
-/// How long a reply is looked for before the thread sleeps: a router that is awake answers in that time.
-const GLANCE: Duration = Duration::from_micros(8);
-/// Replies in a row that are not looked for after one that took longer.
-const SLOW: u32 = 16;
-
 /// The socket, and what was asked on it and not waited for.
 #[derive(Debug)]
 struct Line {
     endpoint: Endpoint,
     unread: u32,
-    /// Replies that are not looked for.
-    slow: u32,
 }
 
 impl Line {
     /// The reply to what was asked last. Replies come in the order of the requests.
     fn reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ProtoError> {
         while self.unread > 0 {
-            self.glance();
             let (reply, _) = self.endpoint.recv::<Reply>()?;
             self.unread -= 1;
             if let Err(errno) = reply {
@@ -54,29 +45,7 @@ impl Line {
                 );
             }
         }
-        self.glance();
         self.endpoint.recv()
-    }
-
-    /// Looks for a reply without sleeping, unless the last ones have shown that it is in vain.
-    fn glance(&mut self) {
-        if self.slow > 0 {
-            self.slow -= 1;
-            return;
-        }
-        let start = Instant::now();
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        loop {
-            let is_there = poll(&mut [PollFd::new(&self.endpoint, PollFlags::IN)], Some(&at_once));
-            if is_there != Ok(0) {
-                return;
-            }
-            if start.elapsed() > GLANCE {
-                self.slow = SLOW;
-                return;
-            }
-            std::hint::spin_loop();
-        }
     }
 }
 
@@ -97,7 +66,7 @@ impl RouterLink {
             match connect(&path) {
                 Ok(socket) => {
                     let fd = socket.as_raw_fd();
-                    let line = Mutex::new(Line { endpoint: Endpoint::new(socket), unread: 0, slow: 0 });
+                    let line = Mutex::new(Line { endpoint: Endpoint::new(socket), unread: 0 });
                     return Ok(RouterLink { line, fd, path, health });
                 }
                 Err(errno) => {

@@ -18,15 +18,13 @@ use rustix::{
 use verbs_abi::{
     ffi::IBV_MTU_4096,
     ids::Gid,
-    proto::cm::{CmAnswer, Command, Event},
+    proto::cm::{CmAnswer, Command},
 };
 
 use crate::directory::Directory;
 
 /// Event channels of one process. Each is a descriptor here, which counts for the tenant.
 const MAX_CHANNELS: u32 = 1 << 16;
-/// Events that are handed out ahead of their counts: a message has room for them.
-const AHEAD: usize = 8;
 /// Processes of one tenant that may have all their ids.
 const FULL_CLIENTS: u32 = 16;
 
@@ -115,22 +113,6 @@ impl Broker {
         let answer = self.manager.handle(client, channel, command, self.now());
         self.deliver();
         answer.map_err(errno)
-    }
-
-    /// The same, and events that wait on the channel: those that were rung for where an event is asked for, else those
-    /// that the command has brought.
-    ///
-    /// # Errors
-    /// The errno that the client gets.
-    pub(crate) fn ask_ahead(
-        &mut self,
-        client: u32,
-        channel: u32,
-        command: Command,
-    ) -> Result<(CmAnswer, Vec<Event>), i32> {
-        let fresh = command != Command::NextEvent;
-        let answer = self.ask(client, channel, command)?;
-        Ok((answer, self.manager.hand_out_ahead(client, channel, fresh, AHEAD)))
     }
 
     /// Does what is due.

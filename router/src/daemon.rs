@@ -31,7 +31,6 @@ use rustix::{
     event::{EventfdFlags, Timespec, epoll, eventfd},
     io::Errno,
     process::{DumpableBehavior, Resource, getrlimit, set_dumpable_behavior},
-    thread::sched_yield,
 };
 use verbs_abi::{
     proto::{Answer, DirectPeer, Request},
@@ -61,9 +60,6 @@ use crate::{
 const RESPITE: Duration = Duration::from_millis(100);
 /// How long a router that ends may take to say so to the directory.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// How long this thread looks for the next request before it sleeps: verbs and rdma_cm come in rows, and waking it takes
-/// longer than answering.
-const LINGER: Duration = Duration::from_micros(20);
 /// How often an answer about the status that was put off is looked at.
 const SOON: Duration = Duration::from_millis(1);
 /// Addresses older than this are read again when a connection is made.
@@ -159,8 +155,6 @@ pub struct Daemon {
     idle_exit: Option<Duration>,
     idle_since: Instant,
     started: Instant,
-    /// When the last request was answered.
-    answered: Option<Instant>,
     /// What can be read again.
     policy: Option<Policy>,
 }
@@ -233,7 +227,6 @@ impl Daemon {
             idle_exit: config.idle_exit(),
             idle_since: now,
             started: now,
-            answered: None,
             policy: None,
         })
     }
@@ -305,14 +298,8 @@ impl Daemon {
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
         loop {
-            let lingers = self.answered.is_some_and(|answered| answered.elapsed() < LINGER);
-            let timeout = if lingers { Some(Timespec { tv_sec: 0, tv_nsec: 0 }) } else { self.timeout() };
+            let timeout = self.timeout();
             let count = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
-                // Whoever has asked, or is about to, may need this processor.
-                Ok(0) if lingers => {
-                    sched_yield();
-                    continue;
-                }
                 Ok(count) => count,
                 Err(Errno::INTR) => 0,
                 Err(error) => return Err(DaemonError::Wait(error.into())),
@@ -394,7 +381,6 @@ impl Daemon {
     fn converse(&mut self, id: u32) -> Result<(), Parting> {
         let Some(session) = self.sessions.get_mut(&id) else { return Ok(()) };
         let Some((request, fds)) = session.receive()? else { return Ok(()) };
-        self.answered = Some(Instant::now());
         match request {
             Request::Status => self.tell(id),
             Request::CmHello { version } => self.open_manager(id, version),

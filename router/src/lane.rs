@@ -54,9 +54,6 @@ const SHORT_TURN: Duration = Duration::from_micros(100);
 /// Turns that the thread of the links gives by itself after it has changed something.
 const LINK_TURNS: u32 = 4;
 
-/// Turns that a verb gives in the place of a lane that sleeps.
-const VERB_TURNS: u32 = 2;
-
 /// The fabric of a router.
 pub(crate) type RouterFabric = Fabric<ClientMemory>;
 
@@ -189,8 +186,8 @@ impl Lane {
         seen.extend(self.words_of(worker).map(WakeWord::seen));
     }
 
-    /// Does something to the fabric between two turns. What follows from it for a lane that sleeps is done here, as far as
-    /// a few turns take it; the lane is woken only if that leaves something: most verbs give it nothing to do.
+    /// Does something to the fabric between two turns, and wakes the lane if something follows from it for the lane:
+    /// most verbs give it nothing to do.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut Fabric<ClientMemory>) -> R) -> R {
         self.waiters.fetch_add(1, Ordering::Relaxed);
         let mut seat = self.seat.lock();
@@ -199,16 +196,7 @@ impl Lane {
         let result = change(&mut seat.fabric);
         // A later timer costs the lane a look in vain, an earlier one is not the lane's yet.
         let sooner = seat.fabric.next_timer().is_some_and(|new| timer.is_none_or(|old| new < old));
-        let mut wanted = sooner || seat.fabric.has_turns();
-        if wanted && self.page.is_asleep() {
-            let fabric = &mut seat.fabric;
-            let more = (0..VERB_TURNS).all(|_| {
-                let more = fabric.run(now());
-                give_out(fabric) || more
-            });
-            let timer = fabric.next_timer().unwrap_or(u64::MAX);
-            wanted = more || fabric.has_turns() || timer < self.sleeps_until.load(Ordering::SeqCst);
-        }
+        let wanted = sooner || seat.fabric.has_turns();
         drop(seat);
         // The lane sets the flag before its last look under the lock: it has seen the change, or we see the flag.
         if wanted && self.page.is_asleep() {

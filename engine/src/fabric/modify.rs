@@ -77,7 +77,7 @@ impl<M: Memory> Fabric<M> {
             }
             self.give_seat(at);
             // The doorbell of what was posted too early has passed.
-            if self.qps[at].as_ref().is_some_and(|qp| qp.requester.has_work()) {
+            if self.qps[at].as_ref().is_some_and(|qp| qp.direct.is_some() || qp.requester.has_work()) {
                 self.schedule.enqueue(at);
             }
         }

@@ -47,20 +47,9 @@ impl Handles {
             Answer::Mr { key } => self.keys.push(*key),
             Answer::Qp(new) => self.qps.push(new.qpn),
             Answer::Srq(new) => self.srqs.push(new.number),
-            Answer::Cm(answer) => self.learn_id(answer),
-            Answer::CmAhead(answer, events) => {
-                self.learn_id(answer);
-                self.ids.extend(events.iter().map(|event| event.id));
-            }
+            Answer::Cm(CmAnswer::Id(id)) => self.ids.push(*id),
+            Answer::Cm(CmAnswer::Event(Some(event))) => self.ids.push(event.id),
             Answer::Gids(gids) => self.gid = gids.first().copied().unwrap_or_default(),
-            _ => {}
-        }
-    }
-
-    fn learn_id(&mut self, answer: &CmAnswer) {
-        match answer {
-            CmAnswer::Id(id) => self.ids.push(*id),
-            CmAnswer::Event(Some(event)) => self.ids.push(event.id),
             _ => {}
         }
     }
@@ -87,12 +76,9 @@ impl Handles {
             22 => Request::CmHello { version: LAYOUT_VERSION + u32::from(input.u8() == 0) },
             23 => Request::Cm(CmRequest::OpenChannel),
             24 => Request::Cm(CmRequest::CloseChannel { channel: one_of(&self.small, input) }),
-            kind @ 25..=30 => {
+            25..=30 => {
                 let (channel, command) = (one_of(&self.small, input), self.command(input));
-                Request::Cm(match kind {
-                    30 => CmRequest::AskAhead { channel, command },
-                    _ => CmRequest::Ask { channel, command },
-                })
+                Request::Cm(CmRequest::Ask { channel, command })
             }
             17 => Request::QueryQp { qpn: one_of(&self.qps, input) },
             18 => Request::DestroyQp { qpn: one_of(&self.qps, input) },

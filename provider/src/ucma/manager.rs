@@ -13,11 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
-use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command, Event, Known};
+use verbs_abi::proto::cm::{Address, CmAnswer, CmRequest, Command, Known};
 use verbs_abi::proto::{Answer, Request};
 use verbs_abi::shm::LAYOUT_VERSION;
 
-use super::ahead::Ahead;
 use super::beside::{Book, Done, Hands, Sides};
 use super::decode::{self, Shape, What, Written};
 use super::encode;
@@ -53,30 +52,6 @@ struct Facts {
     known: HashMap<u32, (RawFd, Box<Known>)>,
     /// For the router's death.
     ids: Ids,
-    /// Events whose counts were not taken yet.
-    ahead: Ahead,
-}
-
-impl Facts {
-    /// An event goes to the program.
-    fn hand_out(&mut self, fd: RawFd, mut event: Event) -> CmAnswer {
-        match event.known.take() {
-            Some(known) => self.known.insert(event.id, (fd, known)),
-            None => self.known.remove(&event.id),
-        };
-        let answer = CmAnswer::Event(Some(event));
-        self.ids.note(fd, &Command::NextEvent, &answer);
-        answer
-    }
-
-    /// A command about an id changes what was known of it, unless it only asks.
-    fn outdate(&mut self, command: &Command) {
-        let asks = matches!(command, Command::Query { .. } | Command::InitQpAttr { .. });
-        if let Some(id) = command.id().filter(|_| !asks) {
-            self.known.remove(&id);
-            self.ahead.outdate(id);
-        }
-    }
 }
 
 /// An event channel.
@@ -162,7 +137,7 @@ impl Manager {
     fn route(&self, fd: RawFd, id: u32) -> Result<CmAnswer, Errno> {
         match self.known(fd, id, |known| known.route.clone()) {
             Some(route) => Ok(CmAnswer::Route(route)),
-            None => self.ask(fd, Command::Query { id }),
+            None => self.send(fd, Command::Query { id }),
         }
     }
 
@@ -171,52 +146,37 @@ impl Manager {
         let told = |known: &Known| known.attrs.iter().find(|(_, attr)| attr.qp_state == state).copied();
         match self.known(fd, id, told) {
             Some((mask, attr)) => Ok(CmAnswer::QpAttr { mask, attr }),
-            None => self.ask(fd, Command::InitQpAttr { id, state }),
+            None => self.send(fd, Command::InitQpAttr { id, state }),
         }
     }
 
     fn ask(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
         let mut facts = lock(&self.facts);
-        if command == Command::NextEvent
-            && let Some(event) = facts.ahead.next(fd)
-        {
-            return Ok(facts.hand_out(fd, event));
+        if self.health.is_dead() {
+            return facts.ids.answer(fd, &command);
         }
-        facts.outdate(&command);
-        // Events of an id that ends are taken back, also those that are here already.
-        let here = match command {
-            Command::DestroyId { id } => facts.ahead.take(fd, id).len() as u32,
-            _ => 0,
-        };
-        if !self.health.is_dead() {
-            match self.send(fd, command.clone()) {
-                Ok((answer, events)) => {
-                    self.keep(&mut facts, fd, &command, events);
-                    if let CmAnswer::Event(Some(event)) = answer {
-                        return Ok(facts.hand_out(fd, event));
-                    }
-                    facts.ids.note(fd, &command, &answer);
-                    return Ok(not_handed_out(answer, here, here));
-                }
-                Err(Errno::IO) => self.end(&mut facts),
-                Err(error) => return Err(error),
+        let mut answer = self.send(fd, command.clone());
+        if let Some(id) = command.id() {
+            facts.known.remove(&id);
+        }
+        if let Ok(CmAnswer::Event(Some(event))) = &mut answer {
+            match event.known.take() {
+                Some(known) => facts.known.insert(event.id, (fd, known)),
+                None => facts.known.remove(&event.id),
+            };
+        }
+        match answer {
+            Ok(answer) => {
+                facts.ids.note(fd, &command, &answer);
+                Ok(answer)
             }
+            // It died just now.
+            Err(Errno::IO) => {
+                self.end(&mut facts);
+                facts.ids.answer(fd, &command)
+            }
+            Err(error) => Err(error),
         }
-        // It is dead, perhaps since just now.
-        Ok(not_handed_out(facts.ids.answer(fd, &command)?, 0, here))
-    }
-
-    /// Keeps events that came with an answer. Those that the command has brought are not in the counter yet.
-    fn keep(&self, facts: &mut Facts, fd: RawFd, command: &Command, events: Vec<Event>) {
-        if events.is_empty() {
-            return;
-        }
-        if *command != Command::NextEvent
-            && let Ok(channel) = self.channel(fd)
-        {
-            add_counts(&channel, fd, events.len() as u64);
-        }
-        facts.ahead.keep(fd, events);
     }
 
     /// The router is gone: the ids hear of it, and whoever waits for an event is woken. Asking for one more says so.
@@ -227,17 +187,20 @@ impl Manager {
         log::say(Level::Error, format_args!("the router at {} is gone", self.link.path().display()));
         let told = facts.ids.remove_device();
         for (fd, channel) in &*lock(&self.channels) {
+            let counter = match &channel.sides {
+                Some(sides) => sides.counter.as_fd(),
+                // SAFETY: a channel is taken out before its descriptor is closed, and the lock is held.
+                None => unsafe { BorrowedFd::borrow_raw(*fd) },
+            };
             let events = told.iter().filter(|channel| *channel == fd).count() as u64;
-            // A channel is taken out before its descriptor is closed, and the lock is held.
-            add_counts(channel, *fd, events + 1);
+            let _ = rustix::io::write(counter, &(events + 1).to_ne_bytes());
         }
     }
 
-    /// Asks the router: its answer, and events that wait on the channel.
-    fn send(&self, fd: RawFd, command: Command) -> Result<(CmAnswer, Vec<Event>), Errno> {
+    fn send(&self, fd: RawFd, command: Command) -> Result<CmAnswer, Errno> {
         let channel = self.channel(fd)?.number;
-        match self.link.ask(&Request::Cm(CmRequest::AskAhead { channel, command }), &[])? {
-            (Answer::CmAhead(answer, events), _) => Ok((answer, events)),
+        match self.link.ask(&Request::Cm(CmRequest::Ask { channel, command }), &[])? {
+            (Answer::Cm(answer), _) => Ok(answer),
             _ => Err(Errno::PROTO),
         }
     }
@@ -270,25 +233,12 @@ impl Manager {
         if !twin {
             return Ok(CmAnswer::Reported { events: told, revoked: 0 });
         }
-        let answer = self.ask(to, Command::MigrateId { id, from: other.number })?;
-        let mut answer = self.move_ahead(id, from, to, answer)?;
+        let mut answer = self.ask(to, Command::MigrateId { id, from: other.number })?;
         self.take_back(from, &answer);
         if let CmAnswer::Reported { events, .. } = &mut answer {
             *events += told;
         }
         Ok(answer)
-    }
-
-    /// Moves the events of an id that are here already to the channel that it has moved to.
-    fn move_ahead(&self, id: u32, from: RawFd, to: RawFd, answer: CmAnswer) -> Result<CmAnswer, Errno> {
-        let mut facts = lock(&self.facts);
-        let events = if from == to { Vec::new() } else { facts.ahead.take(from, id) };
-        let count = events.len() as u32;
-        if count > 0 {
-            add_counts(&self.channel(to)?, to, count.into());
-        }
-        facts.ahead.keep(to, events);
-        Ok(not_handed_out(answer, count, count))
     }
 
     /// Executes what was written.
@@ -421,26 +371,6 @@ fn older_dialect() -> bool {
     std::env::var_os("FREEFLOW_CM_DIALECT").is_some_and(|word| word == "ip")
 }
 
-/// Of the events that an answer reports `count` were not handed out, and `revoked` more leave the channel.
-fn not_handed_out(answer: CmAnswer, count: u32, revoked: u32) -> CmAnswer {
-    match answer {
-        CmAnswer::Reported { events, revoked: more } => {
-            CmAnswer::Reported { events: events.saturating_sub(count), revoked: more + revoked }
-        }
-        answer => answer,
-    }
-}
-
-/// Adds to the event counter behind a channel's descriptor, which must be open.
-fn add_counts(channel: &Channel, fd: RawFd, count: u64) {
-    let counter = match &channel.sides {
-        Some(sides) => sides.counter.as_fd(),
-        // SAFETY: the caller's promise.
-        None => unsafe { BorrowedFd::borrow_raw(fd) },
-    };
-    let _ = rustix::io::write(counter, &count.to_ne_bytes());
-}
-
 fn take_counts(counter: BorrowedFd<'_>, answer: &CmAnswer) {
     let CmAnswer::Reported { revoked, .. } = answer else { return };
     for _ in 0..*revoked {
@@ -491,7 +421,6 @@ impl CommandChannel for Manager {
         {
             let mut facts = lock(&self.facts);
             facts.known.retain(|_, (on, _)| *on != fd);
-            facts.ahead.close_channel(fd);
             facts.ids.close_channel(fd);
         }
         self.book.forget(fd);

@@ -6,7 +6,6 @@
 //! tells whose an id is and [`kernel`] passes what is the kernel's. Leaves to others: whose calls come here (`hooks::rdmacm`), and
 //! everything that a command means (the router).
 
-mod ahead;
 mod beside;
 mod bytes;
 mod decode;

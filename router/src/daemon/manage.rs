@@ -55,24 +55,14 @@ impl Daemon {
                 Ok(Answer::Done)
             }
             CmRequest::Ask { channel, command } => {
-                self.look_around(id, &command);
+                if depends_on_addresses(&command) {
+                    self.refresh_places(id);
+                }
                 self.broker.ask(id, channel, command).map(Answer::Cm)
-            }
-            CmRequest::AskAhead { channel, command } => {
-                self.look_around(id, &command);
-                let asked = self.broker.ask_ahead(id, channel, command);
-                asked.map(|(answer, events)| Answer::CmAhead(answer, events))
             }
         };
         self.settle_managers();
         self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[]))
-    }
-
-    /// Reads the addresses again, if a command depends on them.
-    fn look_around(&mut self, id: u32, command: &Command) {
-        if depends_on_addresses(command) {
-            self.refresh_places(id);
-        }
     }
 
     fn open_channel(&mut self, id: u32, fds: Vec<OwnedFd>) -> Reply {

@@ -30,14 +30,6 @@ pub enum CmRequest {
         /// The command.
         command: Command,
     },
-    /// The same by a process that keeps events which are handed out ahead of their counts. Answered by
-    /// [`super::Answer::CmAhead`].
-    AskAhead {
-        /// The channel that it was written to.
-        channel: u32,
-        /// The command.
-        command: Command,
-    },
 }
 
 /// A command of `rdma_user_cm.h`, freed from its two dialects and from pointers.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::cm::{CmAnswer, CmRequest, Event as CmEvent};
+use super::cm::{CmAnswer, CmRequest};
 use crate::shm::{queue::Geometry, srq::SrqGeometry};
 
 /// A 16-byte GID in network order.
@@ -385,10 +385,6 @@ pub enum Answer {
     },
     /// To [`Request::Cm`].
     Cm(CmAnswer),
-    /// To [`CmRequest::AskAhead`]: with the answer, some of the events that wait on the channel, in their order behind
-    /// the one that was asked for. Their counts are in the event counter where an event was asked for; those of what
-    /// another command has brought are the process's to add.
-    CmAhead(CmAnswer, Vec<CmEvent>),
 }
 
 /// To [`Request::Hello`].
