@@ -13,15 +13,22 @@ const COPYING: Duration = Duration::from_millis(300);
 
 /// Bytes a second of copying one message's buffer to another.
 pub fn memcpy(bytes: usize) -> f64 {
-    let (source, mut target) = (vec![1_u8; bytes], vec![0_u8; bytes]);
+    memcpy_in_turn(bytes, 1)
+}
+
+/// The same for so many pairs of buffers, one after the other: how much the caches hold decides.
+pub fn memcpy_in_turn(bytes: usize, pairs: usize) -> f64 {
+    let mut buffers = vec![(vec![1_u8; bytes], vec![0_u8; bytes]); pairs];
     // Looking at the clock is dearer than copying a few bytes.
     let batch = (1 << 20) / bytes.max(1) as u64 + 8;
     let (mut copies, start) = (0_u64, Instant::now());
     while start.elapsed() < COPYING {
-        for _ in 0..batch {
-            black_box(&mut target).copy_from_slice(black_box(&source));
+        for _ in 0..batch.div_ceil(pairs as u64) {
+            for (source, target) in &mut buffers {
+                black_box(target).copy_from_slice(black_box(source));
+            }
+            copies += pairs as u64;
         }
-        copies += batch;
     }
     copies as f64 * bytes as f64 / start.elapsed().as_secs_f64()
 }
