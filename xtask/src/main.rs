@@ -12,6 +12,7 @@ mod perftest_ci;
 mod table;
 mod tcp;
 mod test;
+mod tsan;
 
 use std::{
     net::IpAddr,
@@ -44,6 +45,8 @@ enum Command {
     PerftestCi(perftest_ci::Options),
     /// Run the fuzz targets, with libFuzzer
     Fuzz(fuzz::Options),
+    /// Run the tests of the crates whose threads share memory under ThreadSanitizer
+    Tsan(tsan::Options),
     /// Run the benchmarks: those of the crates, then the whole system's ratios
     Bench(bench::Options),
     /// Answer TCP pings (the demo runs this in a network namespace)
@@ -73,6 +76,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Conformance(options) => conform::main(&options),
         Command::PerftestCi(options) => perftest_ci::main(&options),
         Command::Fuzz(options) => fuzz::main(&options),
+        Command::Tsan(options) => tsan::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::TcpServe { port } => tcp::serve(port).map(|()| ExitCode::SUCCESS),
         Command::TcpPing { address, port } => tcp::ping(address, port).map(|()| ExitCode::SUCCESS),

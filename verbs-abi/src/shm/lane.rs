@@ -219,11 +219,12 @@ mod tests {
             assert!(sleep(&seen, None).unwrap() < LONGEST_SLEEP, "woken before the sleep");
             let seen: Vec<_> = words.iter().map(WakeWord::seen).collect();
             thread::scope(|scope| {
-                scope.spawn(|| {
+                let waker = scope.spawn(|| {
                     thread::sleep(short);
                     words[word].wake();
                 });
                 assert!(sleep(&seen, None).unwrap() < LONGEST_SLEEP, "word {word}");
+                waker.join().unwrap();
             });
         }
     }
