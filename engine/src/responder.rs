@@ -552,7 +552,9 @@ impl Responder {
             if status != WcStatus::LocProtErr {
                 return Reply::Silence;
             }
-            self.notice = Some(Notice { failed: true, event: None });
+            // That the peer is there may be news still.
+            let event = self.notice.take().and_then(|notice| notice.event);
+            self.notice = Some(Notice { failed: true, event });
         }
         let cqe = Cqe {
             wr_id: self.wqe.wr_id,

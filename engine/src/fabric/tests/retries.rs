@@ -236,6 +236,21 @@ fn the_first_request_in_rtr_raises_comm_est_once() {
 }
 
 #[test]
+fn a_first_message_that_meets_a_bad_receive_raises_comm_est_too() {
+    let mut fabric = Fabric::new();
+    let mut a = App::new(&mut fabric, 1, QpType::Uc, Mode::Isolated);
+    let mut b = App::new(&mut fabric, 2, QpType::Uc, Mode::Isolated);
+    b.modify(&mut fabric, QpState::Init, &a, QpType::Uc);
+    b.modify(&mut fabric, QpState::Rtr, &a, QpType::Uc);
+    a.to_rts(&mut fabric, &b, QpType::Uc);
+    b.post_recv(1, &[Sge { lkey: 1, ..b.sge(0, 8) }]);
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    turn(&mut fabric, 0);
+    assert_eq!((status(a.sends.pop()), status(b.receives.pop())), (WcStatus::Success, WcStatus::LocProtErr));
+    assert_eq!((events(&mut b), b.state(&mut fabric)), (vec![EventType::CommEst], QpState::Err));
+}
+
+#[test]
 fn no_comm_est_is_raised_in_rts() {
     let (mut fabric, a, mut b) = pair(QpType::Rc);
     a.post(&write(&a, &b));
