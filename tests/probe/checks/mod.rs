@@ -138,6 +138,7 @@ pub(crate) const CHECKS: &[Check] = &[
     ("threads that poll one CQ see each completion once", threads::shared_cq),
     ("threads make, use and destroy objects of one device", threads::coming_and_going),
     ("a thread can be cancelled that waits for a completion", threads::cancelled),
+    ("threads of the device take no signals of the program", threads::deaf_to_signals),
     ("CQs go while their events are read and waited for", threads::destroyed_under_a_reader),
     ("a forked child cannot use the device and does it no harm", races::forked_child),
     ("GIDs are the addresses of the namespace and follow them", addresses::follow),

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    fs,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -10,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use verbs_abi::ffi::*;
 
 use crate::{
@@ -34,6 +35,27 @@ fn own_peer(end: &End, cq: &Arc<Cq>) -> Result<Qp> {
     let steps = [end.init_attr(), end.rtr_attr(peer), end.rts_attr()];
     steps.iter().try_for_each(|(attr, mask)| qp.modify(attr, *mask))?;
     Ok(qp)
+}
+
+/// Threads of the device in this process take none of its signals, so no handler of the program's runs on them.
+pub(crate) fn deaf_to_signals() -> Result<()> {
+    // All but those that nobody can block, and the two that glibc keeps for itself.
+    const ALL: u64 = !(1 << (9 - 1) | 1 << (19 - 1) | 0b11 << (32 - 1));
+    let _end = End::new(&Setup::new(IBV_QPT_RC))?;
+    let mut found = 0;
+    for task in fs::read_dir("/proc/self/task")? {
+        let task = task?.path();
+        if !fs::read_to_string(task.join("comm"))?.starts_with("freeflow-watch") {
+            continue;
+        }
+        found += 1;
+        let status = fs::read_to_string(task.join("status"))?;
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).context("no SigBlk")?;
+        let blocked = u64::from_str_radix(blocked.trim(), 16)?;
+        ensure!(blocked & ALL == ALL, "{} takes the signals {:x}", task.display(), ALL & !blocked);
+    }
+    ensure!(found > 0, "the device has no thread here that could be looked at");
+    Ok(())
 }
 
 /// Several threads take from one CQ what other threads' QPs complete there.
