@@ -100,19 +100,20 @@ fn over_rsocket(bed: &Bed, server: &str, client: &str, port: u16) -> Result<Pair
 }
 
 fn iperf(bed: &Bed) -> Result<()> {
-    let port = free_port()?;
-    let (server, address) = (format!("iperf -s -p {port} -P 1"), &bed.server.address);
-    let outcome = over_rsocket(bed, &server, &format!("iperf -c {address} -p {port} -n 16M"), port)?;
-    ensure!(outcome.client.stdout.contains("16.0 MBytes"), "{}", outcome.report());
-    Ok(())
+    sends("iperf -s -P 1", "iperf", "16.0 MBytes", bed)
 }
 
 /// Its threads end by being cancelled while they wait for a completion.
 fn iperf3(bed: &Bed) -> Result<()> {
+    sends("iperf3 -s -1", "iperf3", "receiver", bed)
+}
+
+/// A program of the iperf family, and what it says when it has sent all.
+fn sends(server: &str, client: &str, says: &str, bed: &Bed) -> Result<()> {
     let port = free_port()?;
-    let (server, address) = (format!("iperf3 -s -1 -p {port}"), &bed.server.address);
-    let outcome = over_rsocket(bed, &server, &format!("iperf3 -c {address} -p {port} -n 16M"), port)?;
-    ensure!(outcome.client.stdout.contains("receiver"), "{}", outcome.report());
+    let client = format!("{client} -c {} -p {port} -n 16M", bed.server.address);
+    let outcome = over_rsocket(bed, &format!("{server} -p {port}"), &client, port)?;
+    ensure!(outcome.client.stdout.contains(says), "{}", outcome.report());
     Ok(())
 }
 

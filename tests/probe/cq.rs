@@ -211,8 +211,8 @@ impl Cq {
         check("ibv_modify_cq", unsafe { modify(self.raw.as_ptr(), &mut attr) })
     }
 
-    /// Takes the next completion of an extended CQ that was made for all [`ALL_FIELDS`], field by field.
-    pub(crate) fn next_fields(&self) -> Result<Fields> {
+    /// Polls an extended CQ until there is a completion, which is read from what this gives, and the poll ended.
+    fn begin_poll(&self) -> Result<*mut ibv_cq_ex> {
         let raw: *mut ibv_cq_ex = self.raw.as_ptr().cast();
         let start = Instant::now();
         // SAFETY: the CQ is alive and was made as an extended one, so its functions are there and may be called.
@@ -221,6 +221,15 @@ impl Cq {
             while begin(raw, &mut ibv_poll_cq_attr::default()) != 0 {
                 ensure!(start.elapsed() < Duration::from_secs(5), "no completion came");
             }
+        }
+        Ok(raw)
+    }
+
+    /// Takes the next completion of an extended CQ that was made for all [`ALL_FIELDS`], field by field.
+    pub(crate) fn next_fields(&self) -> Result<Fields> {
+        let raw = self.begin_poll()?;
+        // SAFETY: the CQ is alive, an extended one, and being polled, so its functions are there and may be called.
+        unsafe {
             let wc = Wc {
                 wr_id: (*raw).wr_id,
                 status: (*raw).status,
@@ -245,14 +254,9 @@ impl Cq {
 
     /// Takes the next completion of an extended CQ: its status, and its times by the device's and by the wall's clock.
     pub(crate) fn next_with_times(&self) -> Result<(ibv_wc_status, u64, u64)> {
-        let raw: *mut ibv_cq_ex = self.raw.as_ptr().cast();
-        let start = Instant::now();
-        // SAFETY: the CQ is alive and was made as an extended one, so its functions are there and may be called.
+        let raw = self.begin_poll()?;
+        // SAFETY: the CQ is alive, an extended one, and being polled, so its functions are there and may be called.
         unsafe {
-            let begin = (*raw).start_poll.context("no start_poll")?;
-            while begin(raw, &mut ibv_poll_cq_attr::default()) != 0 {
-                ensure!(start.elapsed() < Duration::from_secs(5), "no completion came");
-            }
             let device = (*raw).read_completion_ts.context("no read_completion_ts")?(raw);
             let wall = (*raw).read_completion_wallclock_ns.context("no wallclock")?(raw);
             let status = (*raw).status;

@@ -175,16 +175,40 @@ impl Qp {
         init: QpInit,
         send_ops_flags: u32,
     ) -> Result<Self> {
+        let more = ibv_qp_init_attr_ex {
+            comp_mask: IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+            send_ops_flags: send_ops_flags.into(),
+            ..ibv_qp_init_attr_ex::default()
+        };
+        Self::with(pd, [send_cq, recv_cq], init, more)
+    }
+
+    /// The same with `enum ibv_qp_create_flags`.
+    pub(crate) fn with_flags(pd: &Arc<Pd>, cq: &Arc<Cq>, init: QpInit, create_flags: u32) -> Result<Self> {
+        let more = ibv_qp_init_attr_ex {
+            comp_mask: IBV_QP_INIT_ATTR_CREATE_FLAGS,
+            create_flags,
+            ..ibv_qp_init_attr_ex::default()
+        };
+        Self::with(pd, [cq, cq], init, more)
+    }
+
+    /// The same with these attributes beside the usual ones.
+    fn with(
+        pd: &Arc<Pd>,
+        [send_cq, recv_cq]: [&Arc<Cq>; 2],
+        init: QpInit,
+        more: ibv_qp_init_attr_ex,
+    ) -> Result<Self> {
         let mut attr = ibv_qp_init_attr_ex {
             send_cq: ptr::without_provenance_mut(send_cq.addr()),
             recv_cq: ptr::without_provenance_mut(recv_cq.addr()),
             cap: init.cap,
             qp_type: init.qp_type,
             sq_sig_all: c_int::from(init.sq_sig_all),
-            comp_mask: IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+            comp_mask: more.comp_mask | IBV_QP_INIT_ATTR_PD,
             pd: pd.raw(),
-            send_ops_flags: send_ops_flags.into(),
-            ..ibv_qp_init_attr_ex::default()
+            ..more
         };
         let context = pd.context();
         // SAFETY: the context is alive, and an extended one.
@@ -194,30 +218,6 @@ impl Qp {
         // SAFETY: the QP was just made.
         let number = unsafe { raw.as_ref() }.qp_num;
         let cqs = [Arc::clone(send_cq), Arc::clone(recv_cq)];
-        Ok(Self { raw, number, cap: attr.cap, pd: Arc::clone(pd), _cqs: cqs })
-    }
-
-    /// The same with `enum ibv_qp_create_flags`.
-    pub(crate) fn with_flags(pd: &Arc<Pd>, cq: &Arc<Cq>, init: QpInit, create_flags: u32) -> Result<Self> {
-        let mut attr = ibv_qp_init_attr_ex {
-            send_cq: ptr::without_provenance_mut(cq.addr()),
-            recv_cq: ptr::without_provenance_mut(cq.addr()),
-            cap: init.cap,
-            qp_type: init.qp_type,
-            sq_sig_all: c_int::from(init.sq_sig_all),
-            comp_mask: IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_CREATE_FLAGS,
-            pd: pd.raw(),
-            create_flags,
-            ..ibv_qp_init_attr_ex::default()
-        };
-        let context = pd.context();
-        // SAFETY: the context is alive, and an extended one.
-        let create = unsafe { (*context.extended()?).create_qp_ex }.context("no create_qp_ex")?;
-        // SAFETY: as above; PD and CQ are alive; the attributes are ours.
-        let raw = pointer("ibv_create_qp_ex", unsafe { create(context.raw(), &mut attr) })?;
-        // SAFETY: the QP was just made.
-        let number = unsafe { raw.as_ref() }.qp_num;
-        let cqs = [Arc::clone(cq), Arc::clone(cq)];
         Ok(Self { raw, number, cap: attr.cap, pd: Arc::clone(pd), _cqs: cqs })
     }
 
