@@ -82,10 +82,10 @@ fn http(bed: &Bed) -> Result<()> {
     };
     let path = folder.path().display();
     let server = fork(format!("mini_httpd -D -u root -p {port} -d {path}"));
-    let server = Job::spawn(bed.command(&bed.server, &server), LIMIT)?;
+    let server = bed.start_tcp_server(&server, port, LIMIT)?;
     let address = &bed.server.address;
     let load = format!("httperf --server {address} --port {port} --uri / --num-conns {PAGES} --timeout 30");
-    // The server says nothing when it listens, and a connection is short: again until one was seen.
+    // A connection is short: again until one was seen.
     let start = Instant::now();
     let (client, carried) = loop {
         let mut client = Job::spawn(bed.command(&bed.client, &fork(load.clone())), LIMIT)?;

@@ -182,12 +182,17 @@ impl Bed {
         let server = if tool.connects_by_name() {
             self.start_cm_server(&words, port, limit)?
         } else {
-            let server = Job::spawn(self.command(&self.server, &words), limit)?;
-            wait_until_it_listens(server, self.server.resident, port)?
+            self.start_tcp_server(&words, port, limit)?
         };
         let words = tool.words(port, Some(&self.server.address));
         let client = Job::spawn(self.command(&self.client, &words), limit)?;
         Ok(Pair { server, client })
+    }
+
+    /// Starts a server on the virtual device that listens by TCP and waits until its port is open.
+    pub fn start_tcp_server(&self, words: &[String], port: u16, limit: Duration) -> Result<Job> {
+        let server = Job::spawn(self.command(&self.server, words), limit)?;
+        wait_until_it_listens(server, self.server.resident, port)
     }
 
     /// Starts a server that listens by rdma_cm and waits until the router lists it.
