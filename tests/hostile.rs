@@ -12,6 +12,8 @@ mod bystander;
 mod client;
 #[path = "hostile/direct.rs"]
 mod direct;
+#[path = "hostile/domains.rs"]
+mod domains;
 #[path = "hostile/field.rs"]
 mod field;
 #[path = "hostile/files.rs"]
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
             messages::cases(),
             files::cases(),
             handles::cases(),
+            domains::cases(),
             sizes::cases(),
             wqes::cases(),
             windows::cases(),

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, sync::atomic::Ordering};
 
 use anyhow::{Context, Result, ensure};
-use tempfile::TempDir;
+use tempfile::{TempDir, tempfile};
 use verbs_abi::{
     proto::{Answer, Gid, Mode, QpAttr, Request, cm::EventKind},
     shm::wqe::{Address, SendWqe, Sge, flag},
@@ -13,6 +13,7 @@ use verbs_abi::{
 use crate::{
     client::{BASE, Client, LEN, Qp, RIGHTS, ask, create_qp, dial, event, eventually, hello, reg_mr},
     common::{self, daemon::Daemon},
+    domains,
     field::Case,
     manager::Process,
 };
@@ -32,6 +33,7 @@ pub(crate) fn cases() -> Vec<Case> {
         ("wants to execute on the other's queues", direct),
         ("uses the other's keys at home", keys),
         ("names the other's objects", handles),
+        ("opens the other's receiver by a domain of the same file", receivers),
         ("asks who the other's clients are", strangers),
         ("connects to the other's listener", listener),
         ("takes the word that the other's lane sleeps on", wake_words),
@@ -215,6 +217,17 @@ fn handles(border: &mut Border) -> Result<()> {
     ] {
         thief.refused(&request, libc::EINVAL)?;
     }
+    Ok(())
+}
+
+/// An XRC domain is its tenant's, whatever file stands for it.
+fn receivers(border: &mut Border) -> Result<()> {
+    let file = tempfile()?;
+    let qpn = domains::receiver(&border.red.client, domains::domain(&border.red.client, Some(&file))?)?;
+    let xrcd = domains::domain(&border.blue.client, Some(&file))?;
+    border.blue.client.refused(&Request::OpenQp { xrcd, qpn }, libc::EINVAL)?;
+    domains::ensure_out_of_reach(&border.blue.client, qpn)?;
+    ensure!(border.red.client.state(qpn)? == QpState::Reset, "the receiver has changed");
     Ok(())
 }
 

@@ -176,6 +176,12 @@ impl Handles {
             std::array::from_fn(|_| {
                 if input.u8() < 200 { u32::from(input.u8() % 9) } else { input.odd_number() as u32 }
             });
+        let cap = QpCap { max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data };
+        if input.u8() < 40 {
+            // A receiver of an XRC domain, which nothing else belongs to.
+            let (qp_type, xrcd) = (QpType::XrcRecv.value(), Some(one_of(&self.small, input)));
+            return CreateQp { qp_type, xrcd, cap, ..CreateQp::default() };
+        }
         CreateQp {
             pd: one_of(&self.small, input),
             send_cq: one_of(&self.small, input),
@@ -183,7 +189,7 @@ impl Handles {
             srq: (input.u8() < 60).then(|| one_of(&self.srqs, input)),
             xrcd: (input.u8() < 20).then(|| one_of(&self.small, input)),
             qp_type: if input.u8() < 200 { 2 + u32::from(input.u8() % 3) } else { input.odd_number() as u32 },
-            cap: QpCap { max_send_wr, max_recv_wr, max_send_sge, max_recv_sge, max_inline_data },
+            cap,
             block_self_mcast: input.u8() & 1 == 1,
             sq_sig_all: false,
         }
@@ -191,7 +197,7 @@ impl Handles {
 
     /// Mostly a transition that could be, with the attributes that it needs.
     fn modify_qp(&self, input: &mut Input<'_>) -> Request {
-        let qp_type = input.pick(&[QpType::Rc, QpType::Uc, QpType::Ud]);
+        let qp_type = input.pick(&[QpType::Rc, QpType::Uc, QpType::Ud, QpType::XrcRecv]);
         let (from, to) = input.pick(&TRANSITIONS);
         let rule = qp_state::rule(qp_type, from, to);
         let mask = match (input.u8(), rule) {
