@@ -149,8 +149,11 @@ impl Run {
     /// Fails unless both ends exited with 0, did what they were asked, and the client printed the rows of this run.
     pub fn check(&self, outcome: &PairOutcome) -> Result<()> {
         outcome.success()?;
-        self.check_rows(&outcome.client.stdout).with_context(|| outcome.report())?;
-        for end in [&outcome.server, &outcome.client] {
+        let client = &outcome.client;
+        // On a machine with other work perftest may fail to calibrate its clock: it says so, and has no figures.
+        let timed = !client.stderr.contains("Correlation coefficient");
+        self.check_rows(&client.stdout, timed).with_context(|| outcome.report())?;
+        for end in [&outcome.server, client] {
             self.check_means(&end.stdout, &end.stderr).with_context(|| outcome.report())?;
         }
         Ok(())
@@ -169,14 +172,14 @@ impl Run {
         Ok(())
     }
 
-    fn check_rows(&self, stdout: &str) -> Result<()> {
+    fn check_rows(&self, stdout: &str, timed: bool) -> Result<()> {
         let rows = perftest::rows(stdout);
         let bytes: Vec<u64> = rows.iter().map(|row| row.bytes).collect();
         self.check_sizes(&bytes)?;
         for row in &rows {
             let enough = self.iterations.map_or(row.iterations > 0, |expected| row.iterations == expected);
             ensure!(enough, "{} bytes: {} iterations, not {:?}", row.bytes, row.iterations, self.iterations);
-            ensure!(row.has_figures(), "{} bytes: no figures", row.bytes);
+            ensure!(row.has_figures() || !timed, "{} bytes: no figures", row.bytes);
         }
         Ok(())
     }
@@ -285,15 +288,18 @@ mod tests {
     #[test]
     fn rows_that_are_missing_or_short_are_noticed() {
         let run = run("ib_write_bw RC all-sizes");
-        assert!(run.check_rows("").is_err());
+        assert!(run.check_rows("", true).is_err());
         let count = run.iterations.unwrap();
         let mut table = String::from(" #bytes #iterations\n");
         for power in 1..=23 {
             table += &format!("{} {count} 1.0 1.0 1.0\n", 1u64 << power);
         }
-        run.check_rows(&table).unwrap();
-        assert!(run.check_rows(&table.replace(&format!("4096 {count}"), "4096 7")).is_err());
-        assert!(run.check_rows(&table.replace(&format!("4096 {count} 1.0"), "4097 x y")).is_err());
+        run.check_rows(&table, true).unwrap();
+        assert!(run.check_rows(&table.replace(&format!("4096 {count}"), "4096 7"), true).is_err());
+        assert!(run.check_rows(&table.replace(&format!("4096 {count} 1.0"), "4097 x y"), true).is_err());
+        let untimed = table.replace("1.0", "0.00");
+        assert!(run.check_rows(&untimed, true).is_err());
+        run.check_rows(&untimed, false).unwrap();
     }
 
     #[test]
