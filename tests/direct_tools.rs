@@ -15,8 +15,7 @@ use xtask::{
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Tools with their options that direct mode leaves to the router.
-const TOOLS: [(&str, &[&str]); 2] =
-    [("ib_send_bw", &["-n", "500", "-c", "UC"]), ("ib_send_bw", &["-n", "500", "-c", "UD"])];
+const TOOLS: [(&str, &[&str]); 1] = [("ib_send_bw", &["-n", "500", "-c", "UD"])];
 
 fn main() -> ExitCode {
     common::run("direct_tools", common::no_tree(), || {

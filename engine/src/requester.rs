@@ -294,6 +294,11 @@ impl Requester {
             self.succeed(Opcode::Write, self.wqe.length());
             return Attempt::Done;
         }
+        if self.owner && self.qp_type == QpType::Uc {
+            // Nobody answers a UC request, so a peer that fails because of it is not told of by its completion: what may
+            // end so is the router's.
+            return Attempt::Wait(None);
+        }
         let opcode = match self.check(local) {
             Ok(opcode) => opcode,
             Err(status) => return self.fail(status, false, None),

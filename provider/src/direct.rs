@@ -19,7 +19,7 @@ use verbs_abi::shm::mr_table::{MrEntry, MrTable, WINDOW, index_of};
 use verbs_abi::shm::queue::QueueArea;
 use verbs_abi::shm::wqe::SendWqe;
 use verbs_abi::shm::{Window, arena, barrier};
-use verbs_abi::verbs::{AccessFlags, QpState, QpType};
+use verbs_abi::verbs::{AccessFlags, QpState};
 
 use crate::context::Context;
 use crate::memory::View;
@@ -251,7 +251,8 @@ impl Seat {
         let peer = device.peers.find(to.client, &arena, region)?;
 
         let sends = qp.own_sends().ok_or_else(invalid)?;
-        let requester = Requester::new(qp.number(), QpType::Rc, pd, qp.area.clone(), sends).in_owners_seat();
+        let qp_type = qp.limits.qp_type;
+        let requester = Requester::new(qp.number(), qp_type, pd, qp.area.clone(), sends).in_owners_seat();
 
         let area = QueueArea::new(&peer.arena, to.offset, to.geometry).ok_or_else(invalid)?;
         let cq = CqArea::new(&peer.arena, to.cq_offset).ok_or_else(invalid)?;
@@ -259,7 +260,7 @@ impl Seat {
         let queue = CompletionQueue::new(cq, bell).with_alarm(qp.alarm());
         let queue = Arc::new(queue.with_light_fences(barrier::is_registered()));
         let receives = Completions::new(CompletionWriter::new(area.rq_cqes.clone(), 0), queue, to.recv_slot);
-        let responder = Responder::new(QpType::Rc, to.pd, area, receives);
+        let responder = Responder::new(qp_type, to.pd, area, receives);
 
         let own = MrTable::new(&device.arena).ok_or_else(invalid)?;
         let own = Reach::new(own, None);

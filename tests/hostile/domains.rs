@@ -23,7 +23,9 @@ pub(crate) fn cases() -> Vec<Case> {
         let name = |what: &str| format!("domain: {what} ({mode:?})");
         cases.push(Case::new(name("another's receiver"), move |field| foreign(field, mode)));
         cases.push(Case::new(name("what is no receiver of the domain"), move |field| others(field, mode)));
-        cases.push(Case::new(name("a receiver let go more often than opened"), move |field| often(field, mode)));
+        cases.push(Case::new(name("a receiver let go more often than opened"), move |field| {
+            often(field, mode)
+        }));
     }
     cases.push(Case::new("domain: what is no more", stale));
     cases
@@ -51,11 +53,9 @@ pub(crate) fn receiver(client: &Client, xrcd: u32) -> Result<u32> {
 /// Fails if a client can do anything with a QP.
 pub(crate) fn ensure_out_of_reach(thief: &Client, qpn: u32) -> Result<()> {
     let attr = QpAttr { qp_state: QpState::Err.value(), ..QpAttr::default() };
-    for request in [
-        Request::QueryQp { qpn },
-        Request::ModifyQp { qpn, mask: 1, attr },
-        Request::DestroyQp { qpn },
-    ] {
+    for request in
+        [Request::QueryQp { qpn }, Request::ModifyQp { qpn, mask: 1, attr }, Request::DestroyQp { qpn }]
+    {
         thief.refused(&request, libc::EINVAL)?;
     }
     thief.refused(&Request::PairQp { qpn }, libc::ENOENT)

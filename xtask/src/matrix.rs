@@ -100,7 +100,10 @@ impl Matrix {
 
     /// Those runs of one tier whose connections can be direct.
     pub fn direct_runs(&self, tier: Tier) -> Vec<Run> {
-        self.runs(tier).into_iter().filter(|run| run.connection == Connection::Rc).collect()
+        self.runs(tier)
+            .into_iter()
+            .filter(|run| matches!(run.connection, Connection::Rc | Connection::Uc))
+            .collect()
     }
 
     /// The runs of one tier, in the order of the file.

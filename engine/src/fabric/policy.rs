@@ -46,9 +46,10 @@ impl<M: Memory> Fabric<M> {
     pub(super) fn direct_peer(&mut self, at: usize) -> Option<usize> {
         let peer_at = self.resolve_peer(at)?;
         let (qp, peer) = (self.qps[at].as_ref()?, self.qps[peer_at].as_ref()?);
-        let reliable = qp.requester.qp_type() == QpType::Rc && peer.requester.qp_type() == QpType::Rc;
+        let [one, other] = [qp, peer].map(|qp| qp.requester.qp_type());
+        let connects = one == other && matches!(one, QpType::Rc | QpType::Uc);
         // Receives of a shared queue are given out by the router.
-        let may = reliable && !qp.pace.is_limited() && peer.create.srq.is_none() && at != peer_at;
+        let may = connects && !qp.pace.is_limited() && peer.create.srq.is_none() && at != peer_at;
         (may && self.are_direct(qp.owner, peer.owner)).then_some(peer_at)
     }
 

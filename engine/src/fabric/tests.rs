@@ -703,16 +703,18 @@ impl Owner {
             Completions::new(verbs_abi::shm::cqe::CompletionWriter::new(ring.clone(), 0), queue, slot)
         };
         let memory = |client| fabric.clients[fabric.client_index[&client]].as_ref().unwrap().memory.clone();
+        let at = fabric.owned(app.client, app.qpn).unwrap();
+        let qp_type = fabric.qps[at].as_ref().unwrap().requester.qp_type();
         Self {
             requester: Requester::new(
                 app.qpn,
-                QpType::Rc,
+                qp_type,
                 PD,
                 app.area.clone(),
                 completions(app, &app.area.sq_cqes, 0),
             )
             .in_owners_seat(),
-            peer: Responder::new(QpType::Rc, PD, peer.area.clone(), completions(peer, &peer.area.rq_cqes, 1)),
+            peer: Responder::new(qp_type, PD, peer.area.clone(), completions(peer, &peer.area.rq_cqes, 1)),
             own: mapped_whole(memory(app.client)),
             other: mapped_whole(memory(peer.client)),
         }
@@ -759,11 +761,15 @@ fn mapped_whole(mut memory: TestMemory) -> TestMemory {
 }
 
 fn direct_pair() -> (Fabric<TestMemory>, App, App) {
+    direct_pair_of(QpType::Rc)
+}
+
+fn direct_pair_of(qp_type: QpType) -> (Fabric<TestMemory>, App, App) {
     let mut fabric = Fabric::new();
-    let a = App::new(&mut fabric, 1, QpType::Rc, Mode::Direct);
-    let b = App::new(&mut fabric, 2, QpType::Rc, Mode::Direct);
-    assert!(a.to_rts(&mut fabric, &b, QpType::Rc).direct.is_some());
-    assert!(b.to_rts(&mut fabric, &a, QpType::Rc).direct.is_some());
+    let a = App::new(&mut fabric, 1, qp_type, Mode::Direct);
+    let b = App::new(&mut fabric, 2, qp_type, Mode::Direct);
+    assert!(a.to_rts(&mut fabric, &b, qp_type).direct.is_some());
+    assert!(b.to_rts(&mut fabric, &a, qp_type).direct.is_some());
     turn(&mut fabric, 0);
     (fabric, a, b)
 }
@@ -832,6 +838,43 @@ fn an_owners_bad_request_fails_both_ends() {
     turn(&mut fabric, 0);
     assert_eq!(status(a.sends.pop()), WcStatus::RemAccessErr);
     assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Err, QpState::Err));
+}
+
+#[test]
+fn an_owner_executes_what_goes_well_without_answers_and_leaves_the_rest_to_the_router() {
+    let (mut fabric, mut a, mut b) = direct_pair_of(QpType::Uc);
+    let mut owner = Owner::new(&fabric, &a, &b);
+    let mut write = send(Opcode::Write, a.sge(0, 8));
+    (write.remote_addr, write.rkey) = (b.addr(), b.key);
+    a.bytes()[..8].copy_from_slice(b"no reply");
+    b.post_recv(1, &[b.sge(64, 8)]);
+    a.post(&write);
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    assert!(owner.run(&a));
+    assert_eq!(&b.bytes()[..8], b"no reply");
+    assert_eq!(&b.bytes()[64..72], b"no reply");
+    assert_eq!((status(a.sends.pop()), status(a.sends.pop())), (WcStatus::Success, WcStatus::Success));
+    assert_eq!(b.receives.pop().unwrap().wr_id, 1);
+
+    // Without a receive, and beyond its reach: both are lost, and nobody fails.
+    write.rkey = 1;
+    for wqe in [&send(Opcode::Send, a.sge(0, 8)), &write] {
+        a.post(wqe);
+        assert!(!owner.run(&a));
+        a.doorbells.ring(a.slot);
+        turn(&mut fabric, 0);
+        assert_eq!((status(a.sends.pop()), b.receives.pop()), (WcStatus::Success, None));
+    }
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Rts));
+
+    // A receive that is at fault itself ends its QP, and nothing else.
+    b.post_recv(2, &[Sge { lkey: 1, ..b.sge(64, 8) }]);
+    a.post(&send(Opcode::Send, a.sge(0, 8)));
+    assert!(!owner.run(&a));
+    a.doorbells.ring(a.slot);
+    turn(&mut fabric, 0);
+    assert_eq!(status(b.receives.pop()), WcStatus::LocProtErr);
+    assert_eq!((a.state(&mut fabric), b.state(&mut fabric)), (QpState::Rts, QpState::Err));
 }
 
 #[test]

@@ -86,7 +86,7 @@ impl Requester {
         match wqe.opcode {
             WRITE => self.write_single(wqe, local, responder, remote, budget),
             SEND | SEND_WITH_IMM => self.send_single(wqe, local, responder, remote, budget),
-            READ => self.read_single(wqe, local, responder, remote, budget),
+            READ if self.qp_type != QpType::Uc => self.read_single(wqe, local, responder, remote, budget),
             _ => false,
         }
     }

@@ -424,6 +424,13 @@ proptest! {
     }
 
     #[test]
+    fn the_owners_seat_of_an_unreliable_connection_does_what_the_model_does(
+        attributes in attributes(), ops in vec(op(), 1..40)
+    ) {
+        agrees(QpType::Uc, Mode::Direct, attributes, &ops);
+    }
+
+    #[test]
     fn datagrams_do_what_the_model_does(attributes in attributes(), ops in vec(op(), 1..40)) {
         agrees(QpType::Ud, Mode::Isolated, attributes, &ops);
     }

@@ -208,16 +208,19 @@ fn a_peer_that_comes_too_late_finds_a_requester_in_error() {
 
 #[test]
 fn the_first_request_in_rtr_raises_comm_est_once() {
-    for mode in [Mode::Isolated, Mode::Direct] {
+    let (isolated, direct) = (Mode::Isolated, Mode::Direct);
+    for (qp_type, mode) in
+        [QpType::Rc, QpType::Uc].into_iter().flat_map(|qp_type| [(qp_type, isolated), (qp_type, direct)])
+    {
         let mut fabric = Fabric::new();
-        let a = App::new(&mut fabric, 1, QpType::Rc, mode);
-        let mut b = App::new(&mut fabric, 2, QpType::Rc, mode);
+        let a = App::new(&mut fabric, 1, qp_type, mode);
+        let mut b = App::new(&mut fabric, 2, qp_type, mode);
         for _ in 0..2 {
-            b.modify(&mut fabric, QpState::Reset, &a, QpType::Rc);
-            a.modify(&mut fabric, QpState::Reset, &b, QpType::Rc);
-            b.modify(&mut fabric, QpState::Init, &a, QpType::Rc);
-            b.modify(&mut fabric, QpState::Rtr, &a, QpType::Rc);
-            a.to_rts(&mut fabric, &b, QpType::Rc);
+            b.modify(&mut fabric, QpState::Reset, &a, qp_type);
+            a.modify(&mut fabric, QpState::Reset, &b, qp_type);
+            b.modify(&mut fabric, QpState::Init, &a, qp_type);
+            b.modify(&mut fabric, QpState::Rtr, &a, qp_type);
+            a.to_rts(&mut fabric, &b, qp_type);
             turn(&mut fabric, 0);
             assert_eq!(events(&mut b), []);
             let mut owner = Owner::new(&fabric, &a, &b);
