@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use common::Stage;
@@ -19,24 +19,19 @@ fn main() -> ExitCode {
 fn trials() -> Vec<Trial> {
     let isolated = Stage::new(|| Ok(Bed::on_one_host(common::tree()?)?.in_mode(Mode::Isolated)));
     let direct = Stage::new(|| Ok(Bed::on_one_host(common::tree()?)?.in_mode(Mode::Direct)));
-    // v55 takes minutes to build: `cargo xtask conformance` runs it.
-    let trials = [(isolated, Mode::Isolated), (direct, Mode::Direct)].map(|(stage, mode)| {
-        let name = format!("rdma-core's own tests of release 44 ({})", mode.name());
-        stage.trial(name, |bed| keep_the_table(bed, Suite::V44))
-    });
-    trials.into()
+    let mut trials = Vec::new();
+    for (stage, mode) in [(isolated, Mode::Isolated), (direct, Mode::Direct)] {
+        for suite in Suite::ALL {
+            let name = format!("rdma-core's own tests {} ({})", suite.name(), mode.name());
+            trials.push(stage.trial(name, move |bed| keep_the_table(bed, suite)));
+        }
+    }
+    trials
 }
 
 fn keep_the_table(bed: &Bed, suite: Suite) -> Result<()> {
     let workspace = common::workspace();
-    let cache = bed.tree.prefix().parent().unwrap_or(Path::new("/")).to_owned();
-    let tests = match suite.prepare(&cache) {
-        Ok(tests) => tests,
-        Err(error) => {
-            common::skip("rdma-core's own tests", &format!("{error:#}"));
-            return Ok(());
-        }
-    };
+    let Some(tests) = common::own_tests(bed, suite)? else { return Ok(()) };
     let path = suite.table(&workspace);
     let table = Table::parse(&std::fs::read_to_string(&path)?).context(path.display().to_string())?;
     let report = conformance::run(bed, &workspace, &tests, &[])?;

@@ -78,8 +78,11 @@ fn libraries() -> &'static Result<PathBuf> {
     })
 }
 
+/// That what they are built of cannot be had is one; that they do not build is a failure of all that needs them.
 fn no_libraries() -> Option<String> {
-    libraries().as_ref().err().map(|error| format!("{error:#}"))
+    let tree = common::tree().ok()?;
+    let fetched = patched::fetch(&common::workspace(), tree.prefix().parent()?);
+    fetched.err().map(|error| format!("{error:#}"))
 }
 
 fn folder() -> Result<&'static Path> {
@@ -156,22 +159,10 @@ fn rping(bed: &Bed) -> Result<()> {
     server.wait()?.success()
 }
 
-/// Those of a release whose names contain one of the words. Those of release 44 need no building; those of 55 take
-/// minutes, so they are run where that is done.
+/// Those of a release whose names contain one of the words.
 fn own_tests(bed: &Bed, suite: Suite, only: &[String]) -> Result<()> {
-    let cache = bed.tree.prefix().parent().context("the tree lies nowhere")?;
-    if suite == Suite::V55 && !suite.is_built(cache) {
-        let how = "they are not built; `cargo xtask conformance --suite v55` builds them";
-        common::skip("rdma-core's own tests of release 55", how);
-        return Ok(());
-    }
-    let tests = match suite.prepare(cache) {
-        Ok(tests) => tests.on_patched(folder()?.to_owned()),
-        Err(error) => {
-            common::skip("rdma-core's own tests", &format!("{error:#}"));
-            return Ok(());
-        }
-    };
+    let Some(tests) = common::own_tests(bed, suite)? else { return Ok(()) };
+    let tests = tests.on_patched(folder()?.to_owned());
     let table = Table::parse(&std::fs::read_to_string(suite.table(&common::workspace()))?)?;
     let report = conformance::run(bed, &common::workspace(), &tests, only)?;
     println!("{}", report.line(suite));

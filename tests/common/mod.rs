@@ -24,10 +24,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow};
 use libtest_mimic::{Arguments, Failed, Trial};
 use xtask::{
     bed::Bed,
+    conformance::{Suite, Tests},
     interrupt,
     matrix::{Matrix, Run, Tier},
     tree::Tree,
@@ -58,6 +59,16 @@ pub(crate) fn no_tree() -> Option<String> {
 /// Says that a test did not run; `cargo xtask test` counts these lines.
 pub(crate) fn skip(name: &str, reason: &str) {
     println!("SKIP {name}: {}", reason.replace('\n', " "));
+}
+
+/// rdma-core's own tests of a release. What cannot be had is told, and there are none; what does not build is a failure.
+pub(crate) fn own_tests(bed: &Bed, suite: Suite) -> Result<Option<Tests>> {
+    let cache = bed.tree.prefix().parent().context("the tree lies nowhere")?;
+    if let Err(error) = suite.fetch(cache) {
+        skip(&format!("rdma-core's own tests {}", suite.name()), &format!("{error:#}"));
+        return Ok(None);
+    }
+    suite.prepare(cache).map(Some)
 }
 
 /// The main function of a test program. Where `obstacle` says why nothing can run, that is all it says.

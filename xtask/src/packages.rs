@@ -61,14 +61,20 @@ pub(crate) const PROGRAMS: [Package; 5] = [
     package("qperf", "qperf", "a network benchmark with tests for RDMA"),
 ];
 
-/// What builds rdma-core 55; the tests on a patched one are skipped where it is missing.
-pub(crate) const RDMA_CORE: [Package; 6] = [
-    package("cmake", "cmake", "building a patched rdma-core"),
-    package("ninja-build", "ninja", "building a patched rdma-core"),
-    package("pkg-config", "pkg-config", "building a patched rdma-core"),
+/// What builds rdma-core 55 and its pyverbs; the tests on a patched one, and its own tests, are skipped where it is missing.
+pub(crate) const RDMA_CORE: [Package; 8] = [
+    package("cmake", "cmake", "building rdma-core 55"),
+    package("ninja-build", "ninja", "building rdma-core 55"),
+    package("pkg-config", "pkg-config", "building rdma-core 55"),
     package("patch", "patch", "patching rdma-core"),
-    package("libnl-3-dev", "/usr/include/libnl3/netlink/netlink.h", "building a patched rdma-core"),
-    package("libnl-route-3-dev", "/usr/include/libnl3/netlink/route/link.h", "building a patched rdma-core"),
+    package("libnl-3-dev", "/usr/include/libnl3/netlink/netlink.h", "building rdma-core 55"),
+    package("libnl-route-3-dev", "/usr/include/libnl3/netlink/route/link.h", "building rdma-core 55"),
+    package(
+        "python3-dev",
+        "/var/lib/dpkg/info/python3-dev.list",
+        "building pyverbs, for rdma-core's own tests",
+    ),
+    package("python3-venv", "/var/lib/dpkg/info/python3-venv.list", "Cython, which compiles pyverbs"),
 ];
 
 /// Network namespaces.

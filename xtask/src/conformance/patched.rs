@@ -8,10 +8,12 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::suite::{BUILD_LIMIT, FETCH_LIMIT, copy_source, fresh, in_folder, replace};
+use super::suite::{
+    BUILD_LIMIT, FETCH_LIMIT, copy_source, fresh, in_folder, name_no_drivers, replace, require_tools,
+};
 use crate::{
     headers::source_of_release_55,
-    process::{command, has_program, run},
+    process::{command, run},
 };
 
 /// What a command gets to use the patched libraries with nothing else of what stock ones need: the words that go
@@ -30,21 +32,41 @@ pub fn series(workspace: &Path) -> Result<Vec<PathBuf>> {
     Ok(patches)
 }
 
+/// Fails where what they are built of or with cannot be had: that is no fault of the patches.
+pub fn fetch(workspace: &Path, cache: &Path) -> Result<()> {
+    if is_built(&home(cache), &state(&series(workspace)?)?) {
+        return Ok(());
+    }
+    require_tools(&["patch"])?;
+    source_of_release_55().context("no sources of rdma-core 55").map(|_| ())
+}
+
 /// The folder of the patched libraries, built below `cache` unless that is done already.
 pub fn libraries(workspace: &Path, cache: &Path) -> Result<PathBuf> {
-    build(workspace, &cache.join("conformance/v55-patched")).context("cannot get a patched rdma-core")
+    fetch(workspace, cache)?;
+    build(workspace, &home(cache)).context("cannot build a patched rdma-core")
+}
+
+fn home(cache: &Path) -> PathBuf {
+    cache.join("conformance/v55-patched")
+}
+
+/// What the patches say, by which a build is known.
+fn state(patches: &[PathBuf]) -> Result<String> {
+    Ok(patches.iter().map(fs::read_to_string).collect::<Result<String, _>>()?)
+}
+
+fn is_built(home: &Path, state: &str) -> bool {
+    fs::read_to_string(home.join("built")).is_ok_and(|built| built == state)
 }
 
 fn build(workspace: &Path, home: &Path) -> Result<PathBuf> {
     let patches = series(workspace)?;
-    let state = patches.iter().map(fs::read_to_string).collect::<Result<String, _>>()?;
-    let (source, folder, done) = (home.join("source"), home.join("build"), home.join("built"));
+    let state = state(&patches)?;
+    let (source, folder) = (home.join("source"), home.join("build"));
     let libraries = folder.join("lib");
-    if fs::read_to_string(&done).is_ok_and(|built| built == state) {
+    if is_built(home, &state) {
         return Ok(libraries);
-    }
-    for program in ["cmake", "ninja", "pkg-config", "patch", "cargo"] {
-        ensure!(has_program(program), "there is no {program}: install cmake ninja-build pkg-config patch");
     }
     println!("Building rdma-core 55 with the patches, once ...");
     let room = fresh(home)?;
@@ -58,12 +80,10 @@ fn build(workspace: &Path, home: &Path) -> Result<PathBuf> {
     let mut configure = command(["cmake", "-GNinja", "-DIN_PLACE=1", "-DNO_MAN_PAGES=1", "-DNO_PYVERBS=1"]);
     configure.arg(&source);
     run(in_folder(configure, &folder, &path), BUILD_LIMIT)?;
-    // It would warn of each driver that is named there and not built.
-    fs::remove_dir_all(folder.join("etc/libibverbs.d"))?;
-    fs::create_dir(folder.join("etc/libibverbs.d"))?;
+    name_no_drivers(&folder)?;
     let make = command(["nice", "-n", "10", "ninja", "-j2", "lib/libibverbs.so", "lib/librdmacm.so"]);
     run(in_folder(make, &folder, &path), BUILD_LIMIT)?;
-    fs::write(done, state)?;
+    fs::write(home.join("built"), state)?;
     Ok(libraries)
 }
 
