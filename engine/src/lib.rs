@@ -35,8 +35,8 @@ pub mod wire;
 pub use bell::Bell;
 pub use completion::{CompletionQueue, Completions};
 pub use fabric::{
-    ATTR_LIMITS, Calls, ClientInit, Control, Controls, DataPath, Fabric, LinkFigures, MAX_RATE, MAX_WORDS,
-    Modified, QpInit, QpSnapshot, Routing, SrqInit, Stream, XrcInit,
+    ATTR_LIMITS, Calls, ClientInit, Control, Controls, Copy, DataPath, Fabric, LinkFigures, MAX_RATE,
+    MAX_WORDS, Modified, QpInit, QpSnapshot, Routing, SrqInit, Stream, XrcInit,
 };
 pub use foreign::{Access, Foreign};
 pub use memory::{Fault, KeyedRange, Memory};

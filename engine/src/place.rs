@@ -4,7 +4,7 @@
 //! all the rest, and an aligned word of eight bytes is one store.
 
 use std::{
-    ptr,
+    ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering, fence},
 };
 
@@ -80,6 +80,38 @@ unsafe fn place_tail(tail: &[u8], to: *mut u8) {
                 1
             };
         }
+    }
+}
+
+/// A piece to be placed by whoever has the time.
+#[derive(Debug)]
+pub(crate) struct Placement {
+    from: NonNull<u8>,
+    to: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: two addresses and a length; whether they may be used, and when, is what `perform` asks for.
+unsafe impl Send for Placement {}
+
+impl Placement {
+    /// `len` bytes, so many into both.
+    pub(crate) fn inside(from: NonNull<u8>, to: NonNull<u8>, (at, len): (usize, usize)) -> Option<Self> {
+        let inside = |start: NonNull<u8>| NonNull::new(start.as_ptr().wrapping_add(at));
+        Some(Self { from: inside(from)?, to: inside(to)?, len })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Places it.
+    ///
+    /// # Safety
+    /// Both addresses are still those of memory that is mapped for so many bytes.
+    pub(crate) unsafe fn perform(&self) {
+        // SAFETY: the caller's promise.
+        unsafe { place(self.from.as_ptr(), self.to.as_ptr(), self.len) };
     }
 }
 

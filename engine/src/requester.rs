@@ -5,6 +5,7 @@
 
 mod access;
 mod ahead;
+mod aside;
 mod at_once;
 mod datagram;
 mod execute;
@@ -316,9 +317,7 @@ impl Requester {
         };
         let attempt = self.settle(opcode, reply, now, budget, before);
         if matches!(attempt, Attempt::Unfinished | Attempt::Wait(_) | Attempt::Foreign(_)) {
-            let header = &self.area.header;
-            header.journal_placed().store(self.placed, Ordering::Relaxed);
-            header.journal_wqe().store(self.done.wrapping_add(1), Ordering::Relaxed);
+            self.journal();
         }
         attempt
     }

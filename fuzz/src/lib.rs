@@ -7,10 +7,11 @@
 //!
 //! Leaves to others: making up inputs (libFuzzer, through `src/bin`), building and running that (`cargo xtask fuzz`).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![expect(clippy::unwrap_used, reason = "what a target cannot do is a finding")]
 
 pub mod control;
+mod copies;
 mod input;
 mod memory;
 pub mod queues;

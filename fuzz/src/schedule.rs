@@ -14,6 +14,7 @@ use verbs_abi::{
 
 use crate::{
     Input,
+    copies::Copies,
     memory::{Guarded, LEN, REGION},
     world::{Accesses, Client, settle},
 };
@@ -48,6 +49,7 @@ struct Ring {
     next_id: u32,
     lives: u32,
     accesses: Accesses,
+    copies: Copies,
 }
 
 /// Which end: client and QP.
@@ -70,7 +72,9 @@ impl Ring {
             next_id: 1,
             lives: 0,
             accesses: Accesses::default(),
+            copies: Copies::default(),
         };
+        ring.fabric.share_copies(bits >> 7 == 0);
         for i in 0..CLIENTS {
             let client = ring.open(i);
             ring.clients.push(client);
@@ -138,6 +142,10 @@ impl Ring {
         self.perform();
         for _ in 0..input.below(4) {
             self.fabric.run(self.now);
+            self.copies.take(&mut self.fabric);
+            if input.u8() & 1 == 0 {
+                self.copies.end(input.u8().into(), &mut self.fabric);
+            }
         }
         // These take until the next time, whatever happens in between.
         self.accesses.take(&mut self.fabric);
@@ -150,6 +158,7 @@ impl Ring {
                 return;
             }
             self.fabric.run(self.now);
+            self.copies.take(&mut self.fabric);
         }
     }
 
@@ -242,6 +251,7 @@ impl Ring {
 
     fn finish(mut self) {
         self.perform();
+        self.copies.end_all(&mut self.fabric);
         let all: Vec<At> = (0..CLIENTS).flat_map(|client| [(client, 0), (client, 1)]).collect();
         for _ in 0..20 {
             all.iter().for_each(|at| self.end_list(*at));

@@ -18,7 +18,10 @@ use verbs_abi::{
     verbs::{QpAttrMask as A, QpState, QpType},
 };
 
-use crate::memory::{Guarded, PD, canary};
+use crate::{
+    copies::Copies,
+    memory::{Guarded, PD, canary},
+};
 
 /// Where a client's CQ lies.
 const CQ_AT: usize = 4 * PAGE;
@@ -239,6 +242,8 @@ pub(crate) fn settle(fabric: &mut Fabric<Guarded>, now: u64) -> bool {
     (0..10_000).any(|_| {
         let rung = fabric.collect();
         let more = fabric.run(now);
-        !Accesses::default().perform(fabric) && !rung && !more
+        let mut copies = Copies::default();
+        let copied = copies.take(fabric) && copies.end_all(fabric);
+        !Accesses::default().perform(fabric) && !rung && !more && !copied
     })
 }

@@ -86,6 +86,8 @@ pub(crate) struct Lane {
     seat: Mutex<Seat>,
     /// Others that wait for the fabric.
     waiters: AtomicUsize,
+    /// Whether a worker copies beside the fabric.
+    copying: [AtomicBool; MAX_WORKERS],
     page: LanePage,
     page_file: OwnedFd,
     /// The cores on which a worker stays; none: one worker goes where it is free.
@@ -123,12 +125,15 @@ impl Lane {
         }
         let [own, ..] = own_words.as_ref().unwrap_or(&words[0].0);
         let (way_back, arrivals) = WayBack::new(page.clone(), own.clone());
+        let (mut fabric, cores) = (Fabric::new(), few_cores());
+        fabric.share_copies(cores.len() > 1);
         let lane = Self {
-            seat: Mutex::new(Seat { fabric: Fabric::new(), arrivals }),
+            seat: Mutex::new(Seat { fabric, arrivals }),
             waiters: AtomicUsize::new(0),
+            copying: Default::default(),
             page,
             page_file,
-            cores: few_cores(),
+            cores,
             own_words,
             words,
             health,
@@ -186,12 +191,24 @@ impl Lane {
         seen.extend(self.words_of(worker).map(WakeWord::seen));
     }
 
+    /// The fabric, for whoever changes more than a turn does: nobody copies beside it.
+    fn lock(&self) -> MutexGuard<'_, Seat> {
+        self.waiters.fetch_add(1, Ordering::Relaxed);
+        let seat = self.seat.lock();
+        self.waiters.fetch_sub(1, Ordering::Relaxed);
+        // None begins while the fabric is locked, and each is short.
+        for copying in &self.copying {
+            while copying.load(Ordering::Acquire) {
+                sched_yield();
+            }
+        }
+        seat
+    }
+
     /// Does something to the fabric between two turns, and wakes the lane if something follows from it for the lane:
     /// most verbs give it nothing to do.
     pub(crate) fn with<R>(&self, change: impl FnOnce(&mut Fabric<ClientMemory>) -> R) -> R {
-        self.waiters.fetch_add(1, Ordering::Relaxed);
-        let mut seat = self.seat.lock();
-        self.waiters.fetch_sub(1, Ordering::Relaxed);
+        let mut seat = self.lock();
         let timer = seat.fabric.next_timer();
         let result = change(&mut seat.fabric);
         // A later timer costs the lane a look in vain, an earlier one is not the lane's yet.
@@ -212,7 +229,7 @@ impl Lane {
 
     /// Gives the fabric a NIC.
     pub(crate) fn set_nic(&self, nic: Box<dyn Nic>) {
-        self.seat.lock().fabric.set_nic(nic);
+        self.lock().fabric.set_nic(nic);
         self.has_nic.store(true, Ordering::SeqCst);
     }
 
@@ -231,14 +248,12 @@ impl Lane {
         calls: &mut Vec<Stream>,
         change: impl FnOnce(&mut RouterFabric) -> R,
     ) -> R {
-        self.waiters.fetch_add(1, Ordering::Relaxed);
-        let mut seat = self.seat.lock();
-        self.waiters.fetch_sub(1, Ordering::Relaxed);
+        let mut seat = self.lock();
         let fabric = &mut seat.fabric;
         let result = change(fabric);
         let more = (0..LINK_TURNS).all(|_| {
             let more = fabric.run(now());
-            give_out(fabric) || more
+            copy_now(fabric) | give_out(fabric) || more
         });
         calls.extend(std::iter::from_fn(|| fabric.next_call()));
         // For acknowledgements this thread looks at the clock itself.
@@ -259,7 +274,7 @@ impl Lane {
 
     /// Does something to the fabric by the lane itself, which looks at it afterwards.
     pub(crate) fn with_own<R>(&self, change: impl FnOnce(&mut RouterFabric) -> R) -> R {
-        change(&mut self.seat.lock().fabric)
+        change(&mut self.lock().fabric)
     }
 
     /// The lane page for clients.
@@ -287,7 +302,7 @@ impl Lane {
         let (mut busy_looks, mut idle_since, mut told) = (0_u32, None, false);
         self.page.set_doing(index, Doing::Work);
         while !self.stopping.load(Ordering::SeqCst) {
-            let look = self.look();
+            let look = self.look(Some(index));
             if look.worked {
                 (busy_looks, idle_since) = (busy_looks.saturating_add(1), None);
                 if busy_looks == BUSY {
@@ -353,7 +368,7 @@ impl Lane {
             // Before the last look: what completes after it wakes this lane.
             self.seat.lock().fabric.arm_nic();
         }
-        let look = self.look();
+        let look = self.look(Some(worker.index));
         if !look.worked && !self.stopping.load(Ordering::SeqCst) {
             self.sleeps_until.store(look.timer.unwrap_or(u64::MAX), Ordering::SeqCst);
             self.sleep(worker.index, &worker.seen, look.timer);
@@ -364,26 +379,32 @@ impl Lane {
 
     /// One look by a thread that is not the lane's.
     pub(crate) fn turn(&self) {
-        self.look();
+        self.look(None);
     }
 
-    /// Takes doorbells and performed accesses and gives some turns, with the fabric locked.
-    fn look(&self) -> Look {
+    /// Takes doorbells and performed accesses and gives some turns, with the fabric locked but for what a worker can copy
+    /// beside it.
+    fn look(&self, worker: Option<usize>) -> Look {
         let mut seat = self.seat.lock();
-        let Seat { fabric, arrivals } = &mut *seat;
         let mut look = Look::default();
         for _ in 0..TURNS {
+            let Seat { fabric, arrivals } = &mut *seat;
             let rung = fabric.collect();
             while let Ok(access) = arrivals.try_recv() {
                 fabric.finish(access);
             }
             let mut more = fabric.run(now());
-            more |= give_out(fabric);
+            more |= match worker {
+                Some(worker) => self.copy_beside(worker, &mut seat),
+                None => copy_now(fabric),
+            };
+            more |= give_out(&mut seat.fabric);
             look.worked |= rung || more;
             if !more || self.waiters.load(Ordering::Relaxed) > 0 {
                 break;
             }
         }
+        let fabric = &mut seat.fabric;
         look.timer = fabric.next_turn();
         let first_call = fabric.next_call();
         let calls: Vec<Stream> =
@@ -399,6 +420,20 @@ impl Lane {
             caller.send(self, calls);
         }
         look
+    }
+
+    /// Copies what the last turn has set aside, and lets others have the fabric meanwhile. False: there was nothing.
+    fn copy_beside(&self, worker: usize, seat: &mut MutexGuard<'_, Seat>) -> bool {
+        let Some(copy) = seat.fabric.next_copy() else { return false };
+        self.copying[worker].store(true, Ordering::Relaxed);
+        MutexGuard::unlocked(seat, || {
+            // SAFETY: others but workers lock the fabric by `lock`, which waits for this; a worker's turn takes no
+            // memory from a client.
+            unsafe { copy.perform() };
+            self.copying[worker].store(false, Ordering::Release);
+        });
+        seat.fabric.end_copy(copy);
+        true
     }
 
     /// Waits until a wake word of a worker is no longer what was seen, or `timer` is due.
@@ -430,6 +465,15 @@ fn stay_on(core: usize) -> bool {
     let stays = sched_setaffinity(None, &only).is_ok();
     tracing::debug!(core, stays, "scheduling of a worker");
     stays
+}
+
+/// Copies what the last turn has set aside, with the fabric locked. False: there was nothing.
+fn copy_now(fabric: &mut RouterFabric) -> bool {
+    let Some(copy) = fabric.next_copy() else { return false };
+    // SAFETY: nothing has happened to the fabric since.
+    unsafe { copy.perform() };
+    fabric.end_copy(copy);
+    true
 }
 
 /// Gives accesses to foreign memory to the helpers. True: one has come back already.

@@ -26,9 +26,9 @@ pub(super) enum Half {
 
 /// A QP by index, and by number: the index may be another's by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Named {
-    at: usize,
-    qpn: u32,
+pub(super) struct Named {
+    pub(super) at: usize,
+    pub(super) qpn: u32,
 }
 
 /// An access that the host has.
@@ -183,7 +183,7 @@ impl<M: Memory> Fabric<M> {
         }
     }
 
-    fn named_mut(&mut self, name: Named) -> Option<&mut Qp> {
+    pub(super) fn named_mut(&mut self, name: Named) -> Option<&mut Qp> {
         self.qps.get_mut(name.at)?.as_mut().filter(|qp| qp.qpn == name.qpn)
     }
 

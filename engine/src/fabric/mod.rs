@@ -9,6 +9,7 @@ mod access;
 mod arrive;
 mod calls;
 mod control;
+mod copies;
 mod datagrams;
 mod direct;
 mod far;
@@ -45,6 +46,8 @@ use crate::{Bell, CompletionQueue, Memory, Requester, Responder, pace::Pace};
 use access::{Accesses, Counts};
 pub use calls::Calls;
 pub use control::{Control, Controls, MAX_WORDS};
+use copies::Copies;
+pub use copies::Copy;
 use far::{Far, Links};
 pub use far::{LinkFigures, Routing, Stream};
 use groups::Groups;
@@ -220,8 +223,10 @@ struct Qp {
     groups: BTreeSet<Gid>,
     /// Whether the router's halves are those that count (the seat is the router's and was resumed).
     held: bool,
-    /// Accesses to its owner's memory that are under way for it.
+    /// Accesses to its owner's memory and copies that are under way for it.
     busy: u32,
+    /// The copy that its request waits for.
+    copying: Option<u64>,
     /// How fast it may send.
     pace: Pace,
 }
@@ -246,6 +251,7 @@ pub struct Fabric<M> {
     rung: Vec<usize>,
     rung_srqs: Vec<u32>,
     accesses: Accesses,
+    copies: Copies,
     links: Links,
     nics: Nics,
     overruns: Arc<Overruns>,
@@ -280,6 +286,7 @@ impl<M: Memory> Fabric<M> {
             rung: Vec::new(),
             rung_srqs: Vec::new(),
             accesses: Accesses::default(),
+            copies: Copies::default(),
             links: Links::default(),
             nics: Nics::default(),
             overruns: Arc::default(),

@@ -161,6 +161,7 @@ impl<M: Memory> Fabric<M> {
         self.stop_waiting(at);
         let Some(qp) = self.qps[at].as_mut() else { return };
         self.schedule.forget(at);
+        qp.copying = None;
         qp.area_seat_to_router();
         qp.forget_unpolled();
         qp.requester.reset();

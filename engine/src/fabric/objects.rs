@@ -130,6 +130,7 @@ impl<M: Memory> Fabric<M> {
             groups: BTreeSet::new(),
             held: true,
             busy: 0,
+            copying: None,
             pace: Pace::default(),
         };
         if at == self.qps.len() {
@@ -150,7 +151,7 @@ impl<M: Memory> Fabric<M> {
         let header = &qp.requester.area().header;
         let is_posted = header.sq_tail().load(Ordering::SeqCst) != header.sq_head().load(Ordering::SeqCst);
         let sends = is_posted && qp.state == QpState::Rts && qp.waiting.is_none() && qp.far.is_none();
-        if sends {
+        if sends && qp.copying.is_none() {
             self.schedule.enqueue(at);
         }
         sends

@@ -159,6 +159,9 @@ impl<M: Memory> Fabric<M> {
                 self.schedule.enqueue_again(call.at);
             }
             used += cost;
+            if self.copies.is_due() {
+                break;
+            }
             if used >= next_look {
                 if used >= SLICE || self.is_rung() {
                     break;
@@ -283,14 +286,20 @@ impl<M: Memory> Fabric<M> {
                     self.fail_all(at);
                     return Turn::Failed;
                 }
+                Fetch::Ready if qp.copying.is_some() => return Turn::Waiting,
                 Fetch::Ready => {}
             }
-            let (limited, before) = (qp.pace.is_limited(), *budget);
+            let (qp_type, limited, before) = (qp.requester.qp_type(), qp.pace.is_limited(), *budget);
             if limited {
                 *budget = qp.pace.most(before);
             }
+            if !limited && let Some(len) = self.set_aside(at, now) {
+                // It may be more than one turn's.
+                *budget = budget.saturating_sub(len);
+                return Turn::Waiting;
+            }
             let may = *budget;
-            let attempt = match qp.requester.qp_type() {
+            let attempt = match qp_type {
                 QpType::Ud => self.send_datagram(at, budget),
                 _ => self.attempt(at, now, budget),
             };

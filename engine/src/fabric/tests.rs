@@ -22,6 +22,7 @@ use verbs_abi::{
 use super::*;
 use crate::{Access, Attempt, Fault, Fetch, Foreign, MemoryWindow, completion::Completions};
 
+mod copies;
 mod drain;
 mod fairness;
 mod far;
