@@ -30,13 +30,21 @@ pub(crate) struct Membership {
 pub(crate) struct Client {
     pub(crate) place: Place,
     pub(crate) channels: HashMap<u32, VecDeque<Queued>>,
+    /// By channel, events that were handed out to readers who have not asked for them yet.
+    pub(crate) kept: HashMap<u32, VecDeque<Event>>,
     pub(crate) numbers: Numbers<CommId>,
     pub(crate) memberships: Numbers<Membership>,
 }
 
 impl Client {
     pub(crate) fn new(place: Place) -> Self {
-        Self { place, channels: HashMap::new(), numbers: Numbers::default(), memberships: Numbers::default() }
+        Self {
+            place,
+            channels: HashMap::new(),
+            kept: HashMap::new(),
+            numbers: Numbers::default(),
+            memberships: Numbers::default(),
+        }
     }
 }
 

@@ -1,9 +1,13 @@
 //! Event channels: what waits to be handed out, and what is taken back.
+//!
+//! A reader sees that there is an event by a count outside of here, takes the count, and asks for the event. So when an
+//! event is taken back, its count is, too; where a reader was faster, the event is kept for that reader, as if it had been
+//! asked for before. The kernel's channel does both in one step.
 
 use std::collections::VecDeque;
 
 use verbs_abi::{
-    proto::cm::{CmAnswer, Event, EventKind, EventParam, Known},
+    proto::cm::{CmAnswer, Command, Event, EventKind, EventParam, Known},
     verbs::QpState,
 };
 
@@ -13,7 +17,60 @@ use crate::{
     id::{Id, Phase},
 };
 
+/// Events of a channel that are kept for readers at the most: a thread stands behind each.
+const MAX_KEPT: usize = 64;
+
+/// Which queued events a command takes back.
+#[derive(Clone, Copy, Debug)]
+enum Gone {
+    Id(CommId),
+    Membership(u32),
+}
+
+impl Gone {
+    fn includes(self, queued: &Queued) -> bool {
+        match self {
+            Gone::Id(comm) => queued.owner == comm,
+            Gone::Membership(number) => queued.membership == Some(number),
+        }
+    }
+}
+
 impl Manager {
+    /// How many queued events a command will take back, and from which of the client's channels.
+    #[must_use]
+    pub fn revocable(&self, client: u32, channel: u32, command: &Command) -> Option<(u32, u32)> {
+        let (channel, gone) = self.gone(client, channel, command)?;
+        let queue = self.clients.get(&client)?.channels.get(&channel)?;
+        let events = queue.iter().filter(|queued| gone.includes(queued)).count();
+        (events > 0).then_some((channel, events as u32))
+    }
+
+    /// Hands `events` of those out now, to readers who have taken their counts and are about to ask.
+    pub fn keep(&mut self, client: u32, channel: u32, command: &Command, events: u32) {
+        let Some((channel, gone)) = self.gone(client, channel, command) else { return };
+        for _ in 0..events {
+            let Some(known) = self.clients.get_mut(&client) else { return };
+            let Some(queue) = known.channels.get_mut(&channel) else { return };
+            let kept = known.kept.entry(channel).or_default();
+            let Some(at) = queue.iter().position(|queued| gone.includes(queued)) else { return };
+            let Some(queued) = (kept.len() < MAX_KEPT).then(|| queue.remove(at)).flatten() else { return };
+            // What it would tell of the id is not true any more when it is read.
+            kept.push_back(queued.event.clone());
+            self.count(client, &queued);
+        }
+    }
+
+    fn gone(&self, client: u32, channel: u32, command: &Command) -> Option<(u32, Gone)> {
+        let found = |channel, id| Some((channel, Gone::Id(self.find(client, channel, id).ok()?)));
+        match *command {
+            Command::DestroyId { id } => found(channel, id),
+            Command::MigrateId { id, from } if from != channel => found(from, id),
+            Command::LeaveMulticast { id } => Some((channel, Gone::Membership(id))),
+            _ => None,
+        }
+    }
+
     /// Takes queued events out of an id's channel, and with the events of requests the ids made for them.
     pub(crate) fn purge(&mut self, comm: CommId, gone: impl Fn(&Queued) -> bool) -> u32 {
         let Some(queue) = self.queue(comm) else { return 0 };
@@ -61,7 +118,12 @@ impl Manager {
 
     /// Hands the next event out.
     pub(crate) fn next_event(&mut self, client: u32, channel: u32) -> Option<Event> {
-        let queued = self.hand_out(client, channel)?;
+        let known = self.clients.get_mut(&client)?;
+        if let Some(event) = known.kept.get_mut(&channel).and_then(VecDeque::pop_front) {
+            return Some(event);
+        }
+        let queued = known.channels.get_mut(&channel)?.pop_front()?;
+        self.count(client, &queued);
         let Queued { owner, request, event, .. } = queued;
         let known = self.known(event.kind, request.unwrap_or(owner));
         Some(Event { known, ..event })
@@ -83,10 +145,12 @@ impl Manager {
         Some(Box::new(Known { route: self.route(comm).ok(), attrs: states.filter_map(attr).collect() }))
     }
 
-    fn hand_out(&mut self, client: u32, channel: u32) -> Option<Queued> {
-        let known = self.clients.get_mut(&client)?;
-        let queued = known.channels.get_mut(&channel)?.pop_front()?;
-        if let Some(membership) = queued.membership.and_then(|m| known.memberships.look_up_mut(m)) {
+    /// Counts an event that is handed out.
+    fn count(&mut self, client: u32, queued: &Queued) {
+        if let Some(number) = queued.membership
+            && let Some(known) = self.clients.get_mut(&client)
+            && let Some(membership) = known.memberships.look_up_mut(number)
+        {
             membership.events_reported += 1;
         }
         if let Some(owner) = self.ids.get_mut(&queued.owner) {
@@ -95,7 +159,6 @@ impl Manager {
         if queued.request.is_some() {
             self.make_room(queued.owner);
         }
-        Some(queued)
     }
 
     /// Moves an id and its queued events to another channel of its client.

@@ -186,6 +186,7 @@ impl Manager {
         }
         if let Some(known) = self.clients.get_mut(&client) {
             known.channels.remove(&channel);
+            known.kept.remove(&channel);
         }
     }
 
@@ -239,7 +240,7 @@ impl Manager {
         }
     }
 
-    fn find(&self, client: u32, channel: u32, number: u32) -> Result<CommId, Refusal> {
+    pub(crate) fn find(&self, client: u32, channel: u32, number: u32) -> Result<CommId, Refusal> {
         let known = self.clients.get(&client).ok_or(Refusal::NoSuchId)?;
         let comm = *known.numbers.look_up(number)?;
         match self.ids.get(&comm) {

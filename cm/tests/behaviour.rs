@@ -269,6 +269,52 @@ fn requests_count_for_the_listener_and_go_with_it() {
 }
 
 #[test]
+fn what_is_kept_for_a_reader_counts_as_handed_out_and_is_not_taken_back() {
+    let mut bed = Bed::new();
+    let listener = bed.listener(space::TCP, 0);
+    (0..3).for_each(|_| _ = bed.asking(space::TCP));
+    let destroy = Command::DestroyId { id: listener };
+    assert_eq!(bed.manager.revocable(1, CHANNEL, &destroy), Some((CHANNEL, 3)));
+    bed.manager.keep(1, CHANNEL, &destroy, 2);
+    assert_eq!(bed.manager.revocable(1, CHANNEL, &destroy), Some((CHANNEL, 1)));
+    assert_eq!(bed.destroy(1, listener), (2, 1));
+    assert_eq!(bed.manager.revocable(1, CHANNEL, &destroy), None, "it is gone");
+    assert_eq!(bed.kinds(2), [EventKind::Rejected], "the others are still asked");
+    let request = bed.expect(1, EventKind::ConnectRequest);
+    let accept = Command::Accept { id: request.id, uid: 1, param: Some(param(1)) };
+    assert!(bed.ask(1, accept).is_ok());
+    assert_eq!(bed.kinds(1), [EventKind::ConnectRequest]);
+}
+
+#[test]
+fn an_id_that_migrates_leaves_what_is_kept_for_a_reader_of_its_old_channel() {
+    let mut bed = Bed::new();
+    let listener = bed.listener(space::TCP, 0);
+    (0..2).for_each(|_| _ = bed.asking(space::TCP));
+    bed.manager.open_channel(1, 2).unwrap();
+    let migrate = Command::MigrateId { id: listener, from: CHANNEL };
+    assert_eq!(bed.manager.revocable(1, 2, &migrate), Some((CHANNEL, 2)));
+    bed.manager.keep(1, 2, &migrate, 1);
+    let moved = bed.manager.handle(1, 2, migrate, bed.now);
+    assert_eq!(moved, Ok(CmAnswer::Reported { events: 1, revoked: 1 }));
+    assert_eq!(bed.kinds(1), [EventKind::ConnectRequest]);
+}
+
+#[test]
+fn no_more_is_kept_than_threads_may_read() {
+    let mut bed = Bed::new();
+    for _ in 0..100 {
+        let id = bed.create(2, space::TCP);
+        let destination = ip("10.0.0.1:7000");
+        bed.ask(2, Command::ResolveAddr { id, source: None, destination, timeout_ms: 1 }).unwrap();
+        let destroy = Command::DestroyId { id };
+        bed.manager.keep(2, CHANNEL, &destroy, 1);
+        bed.destroy(2, id);
+    }
+    assert_eq!(bed.kinds(2).len(), 64);
+}
+
+#[test]
 fn requests_beyond_the_backlog_wait_for_room_in_their_order() {
     let mut bed = Bed::new();
     bed.listener(space::TCP, 2);

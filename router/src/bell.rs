@@ -8,14 +8,17 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, IoSliceMut},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
 use engine::Bell;
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, ReadWriteFlags},
+};
 
 use crate::descriptor;
 
@@ -61,6 +64,21 @@ impl EventBell {
     pub(crate) fn new(file: OwnedFd, ringer: &Arc<Ringer>) -> Option<Arc<Self>> {
         let known = descriptor::is_eventfd(&file);
         known.then(|| Arc::new(Self { file, ringer: Arc::clone(ringer) }))
+    }
+
+    /// Takes up to so many counts of a counter in semaphore mode back, without waiting. How many were there; `None` where
+    /// the kernel (before 5.8) cannot do it so.
+    pub(crate) fn take_back(&self, counts: u32) -> Option<u32> {
+        for taken in 0..counts {
+            let mut count = [0; 8];
+            let into = &mut [IoSliceMut::new(&mut count)];
+            match rustix::io::preadv2(&self.file, into, u64::MAX, ReadWriteFlags::NOWAIT) {
+                Ok(_) => {}
+                Err(Errno::AGAIN) => return Some(taken),
+                Err(_) => return None,
+            }
+        }
+        Some(counts)
     }
 }
 

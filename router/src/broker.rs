@@ -115,6 +115,17 @@ impl Broker {
         answer.map_err(errno)
     }
 
+    /// How many queued events a command will take back, and from which channel.
+    pub(crate) fn revocable(&self, client: u32, channel: u32, command: &Command) -> Option<(u32, u32)> {
+        self.manager.revocable(client, channel, command)
+    }
+
+    /// Keeps some of them for readers who are about to ask.
+    pub(crate) fn keep(&mut self, client: u32, channel: u32, command: &Command, events: u32) {
+        self.manager.keep(client, channel, command, events);
+        self.deliver();
+    }
+
     /// Does what is due.
     pub(crate) fn tick(&mut self) {
         self.manager.tick(self.now());

@@ -116,6 +116,45 @@ fn two_processes_connect_and_leave() {
     assert!(!server.has_count() && !client.has_count(), "a count without an event");
 }
 
+/// A connection that the server has left, whose end the client has not heard of. The client's id.
+fn left(server: &Process, client: &Process) -> u32 {
+    let (_, passive, active) = connected(server, client);
+    server.ask(Command::Disconnect { id: passive }).unwrap();
+    eventually("an event", || client.has_count());
+    active
+}
+
+#[test]
+fn the_count_of_an_event_is_gone_before_its_id_is() {
+    let bed = Bed::new();
+    let (server, client) = (Process::new(&bed), Process::new(&bed));
+    let active = left(&server, &client);
+    // Of another id, and not to be taken with it.
+    let other = client.create();
+    client
+        .ask(Command::ResolveAddr { id: other, source: None, destination: ip("127.0.0.1:1"), timeout_ms: 9 })
+        .unwrap();
+    // Three were handed out: two of the address and the route, one of the connection.
+    let gone = client.ask(Command::DestroyId { id: active });
+    assert_eq!(gone, Ok(CmAnswer::Reported { events: 3, revoked: 0 }));
+    assert_eq!(client.event(EventKind::AddrResolved).id, other);
+    assert!(!client.has_count(), "a count without an event");
+}
+
+#[test]
+fn a_reader_that_has_taken_a_count_gets_its_event_though_the_id_is_destroyed() {
+    let bed = Bed::new();
+    let (server, client) = (Process::new(&bed), Process::new(&bed));
+    let active = left(&server, &client);
+    rustix::io::read(&client.counter, &mut [0; 8]).unwrap();
+    let gone = client.ask(Command::DestroyId { id: active });
+    assert_eq!(gone, Ok(CmAnswer::Reported { events: 4, revoked: 0 }), "it waits for this event, too");
+    let Ok(CmAnswer::Event(Some(event))) = client.ask(Command::NextEvent) else { panic!("no event") };
+    assert_eq!((event.id, event.kind), (active, EventKind::Disconnected));
+    assert_eq!(client.ask(Command::NextEvent), Ok(CmAnswer::Event(None)));
+    assert!(!client.has_count());
+}
+
 #[test]
 fn listeners_are_shown_and_go_with_their_process() {
     let bed = Bed::new();

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use verbs_abi::{
     proto::{
         Answer, Reply,
-        cm::{CmRequest, Command},
+        cm::{CmAnswer, CmRequest, Command},
     },
     shm::LAYOUT_VERSION,
 };
@@ -58,11 +58,25 @@ impl Daemon {
                 if depends_on_addresses(&command) {
                     self.refresh_places(id);
                 }
-                self.broker.ask(id, channel, command).map(Answer::Cm)
+                let taken = self.take_back(id, channel, &command);
+                let answer = self.broker.ask(id, channel, command);
+                answer.map(|answer| Answer::Cm(without(taken, answer)))
             }
         };
         self.settle_managers();
         self.sessions.get(&id).map_or(Ok(()), |session| session.send(&reply, &[]))
+    }
+
+    /// Takes the counts of the events back that a command revokes, so that nobody sees a count whose event is gone. A
+    /// reader who has taken one already gets the event. Returns how many counts were there.
+    fn take_back(&mut self, id: u32, channel: u32, command: &Command) -> u32 {
+        // Then there is a count for each event, or a reader who has it.
+        self.settle_managers();
+        let Some((from, events)) = self.broker.revocable(id, channel, command) else { return 0 };
+        let manager = self.sessions.get(&id).and_then(|session| session.manager());
+        let Some(taken) = manager.and_then(|manager| manager.take_back(from, events)) else { return 0 };
+        self.broker.keep(id, channel, command, events - taken);
+        taken
     }
 
     fn open_channel(&mut self, id: u32, fds: Vec<OwnedFd>) -> Reply {
@@ -126,6 +140,16 @@ impl Daemon {
                 manager.ring(channel);
             }
         }
+    }
+}
+
+/// The answer, where some counts of the events that are gone are taken back already: the client takes the others.
+fn without(taken: u32, answer: CmAnswer) -> CmAnswer {
+    match answer {
+        CmAnswer::Reported { events, revoked } => {
+            CmAnswer::Reported { events, revoked: revoked.saturating_sub(taken) }
+        }
+        other => other,
     }
 }
 

@@ -104,4 +104,9 @@ impl CmClient {
             bell.ring();
         }
     }
+
+    /// Takes up to so many counts back from a channel's counter. How many were there; `None` where that cannot be done.
+    pub(crate) fn take_back(&self, channel: u32, counts: u32) -> Option<u32> {
+        self.bells.get(&channel)?.take_back(counts)
+    }
 }
