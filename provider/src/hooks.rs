@@ -98,6 +98,15 @@ pub(crate) trait CommandChannel: Send + Sync {
         Err(Errno::BADF)
     }
 
+    /// The same for the command that asks for an event, where one is there; else AGAIN.
+    ///
+    /// # Safety
+    /// As for [`Self::manage`].
+    unsafe fn event_at_once(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
+        let _ = (fd, command);
+        Err(Errno::AGAIN)
+    }
+
     /// librdmacm is about to close an event channel.
     fn event_channel_closed(&self, fd: RawFd) {
         let _ = fd;

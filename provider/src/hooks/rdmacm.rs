@@ -112,12 +112,35 @@ fn device_status() -> libc::stat {
 /// `RDMA_USER_CM_CMD_GET_EVENT` of rdma_user_cm.h.
 const GET_EVENT: u32 = 12;
 
-/// Whether a command waits for an event: one that asks for it, on a descriptor that blocks.
-fn waits(fd: c_int, buffer: *const c_void, length: usize) -> bool {
+/// Whether a command asks for an event.
+fn asks_for_event(buffer: *const c_void, length: usize) -> bool {
     // SAFETY: librdmacm passes `length` readable bytes.
-    if length < size_of::<u32>() || unsafe { buffer.cast::<u32>().read_unaligned() } != GET_EVENT {
-        return false;
-    }
+    length >= size_of::<u32>() && unsafe { buffer.cast::<u32>().read_unaligned() } == GET_EVENT
+}
+
+/// The event that is there: what the call returns. `None` where it is to be waited for.
+///
+/// A program that was told of the event by poll may have another thread that destroys its id just now. So its count is
+/// taken before anything else is done.
+///
+/// # Safety
+/// As for [`hooked_write`].
+unsafe fn event_at_once(fd: c_int, buffer: *const c_void, length: usize) -> Option<isize> {
+    let Some((Role::EventChannel, Owner::Live(manager))) = registry::look_up(fd) else { return None };
+    let mut is_there = true;
+    let done = edge::syscall(|| {
+        // SAFETY: librdmacm passes `length` readable bytes.
+        let command = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
+        // SAFETY: a command of librdmacm, whose addresses are the application's.
+        let stored = unsafe { manager.event_at_once(fd, command) };
+        is_there = stored != Err(Errno::AGAIN);
+        stored.map(|()| length as isize)
+    });
+    is_there.then_some(done)
+}
+
+/// Whether a call waits for an event: its descriptor blocks.
+fn waits(fd: c_int) -> bool {
     edge::value(false, || {
         let is_live = matches!(registry::look_up(fd), Some((Role::EventChannel, Owner::Live(_))));
         // SAFETY: the caller is using the descriptor, which therefore is open.
@@ -132,9 +155,15 @@ pub(crate) unsafe extern "C-unwind" fn hooked_write(
     buffer: *const c_void,
     length: usize,
 ) -> isize {
-    if waits(fd, buffer, length) {
-        // SAFETY: this frame has nothing to drop, and its caller is C.
-        unsafe { cancellable::wait(fd) };
+    if asks_for_event(buffer, length) {
+        // SAFETY: the caller's own arguments.
+        if let Some(done) = unsafe { event_at_once(fd, buffer, length) } {
+            return done;
+        }
+        if waits(fd) {
+            // SAFETY: this frame has nothing to drop, and its caller is C.
+            unsafe { cancellable::wait(fd) };
+        }
     }
     // SAFETY: the caller's own arguments.
     unsafe { write(fd, buffer, length) }

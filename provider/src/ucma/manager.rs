@@ -205,16 +205,18 @@ impl Manager {
         }
     }
 
-    /// The next event, which the caller waits for unless the descriptor does not block.
-    fn next_event(&self, fd: RawFd) -> Result<CmAnswer, Errno> {
+    /// The next event, which the caller waits for if it `waits` and the descriptor blocks.
+    fn next_event(&self, fd: RawFd, waits: bool) -> Result<CmAnswer, Errno> {
         loop {
             self.health.check_owner()?;
             // SAFETY: the caller is using the descriptor, which therefore is open.
             let counter = unsafe { BorrowedFd::borrow_raw(fd) };
             if self.health.is_dead() {
                 take_count(counter);
-            } else {
+            } else if waits {
                 rustix::io::read(counter, &mut [0; 8])?;
+            } else if !take_count(counter) {
+                return Err(Errno::AGAIN);
             }
             match self.ask(fd, Command::NextEvent)? {
                 CmAnswer::Event(None) => {}
@@ -247,7 +249,7 @@ impl Manager {
     /// An option's address must be readable for its length.
     unsafe fn execute(&self, fd: RawFd, what: What) -> Result<CmAnswer, Errno> {
         match what {
-            What::NextEvent => self.next_event(fd),
+            What::NextEvent => self.next_event(fd, true),
             What::Migrate { id, from } => self.migrate(id, from, fd),
             What::SetOption { id, level, name, value, len } => {
                 if value == 0 {
@@ -387,6 +389,24 @@ fn take_count(counter: BorrowedFd<'_>) -> bool {
     rustix::io::preadv2(counter, into, u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
 }
 
+/// Stores a reply at an address with so much room.
+///
+/// # Safety
+/// The address must be that of the command's reply.
+unsafe fn store(reply: (Vec<u8>, usize), response: u64, room: u16) -> Result<(), Errno> {
+    let (reply, least) = reply;
+    if usize::from(room) < least {
+        return Err(Errno::NOSPC);
+    }
+    if response == 0 {
+        return Err(Errno::FAULT);
+    }
+    let len = reply.len().min(room.into());
+    // SAFETY: the caller's promise, and no more than the command has room for.
+    unsafe { std::ptr::copy_nonoverlapping(reply.as_ptr(), response as *mut u8, len) };
+    Ok(())
+}
+
 impl CommandChannel for Manager {
     unsafe fn manage(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
         self.health.check_owner()?;
@@ -400,20 +420,23 @@ impl CommandChannel for Manager {
                 None => return Ok(()),
             },
         };
-        let (reply, least) = encode::encode(shape, &answer, self.guid)?;
+        let reply = encode::encode(shape, &answer, self.guid)?;
         if shape == Shape::None {
             return Ok(());
         }
-        if usize::from(room) < least {
-            return Err(Errno::NOSPC);
+        // SAFETY: the caller's promise.
+        unsafe { store(reply, response, room) }
+    }
+
+    unsafe fn event_at_once(&self, fd: RawFd, command: &[u8]) -> Result<(), Errno> {
+        self.health.check_owner()?;
+        let Written { what, shape, response, room } = decode::decode(command)?;
+        if what != What::NextEvent || self.channel(fd)?.sides.is_some() {
+            return Err(Errno::AGAIN);
         }
-        if response == 0 {
-            return Err(Errno::FAULT);
-        }
-        let len = reply.len().min(room.into());
-        // SAFETY: the caller's promise, and no more than the command has room for.
-        unsafe { std::ptr::copy_nonoverlapping(reply.as_ptr(), response as *mut u8, len) };
-        Ok(())
+        let answer = self.next_event(fd, false)?;
+        // SAFETY: the caller's promise.
+        unsafe { store(encode::encode(shape, &answer, self.guid)?, response, room) }
     }
 
     fn event_channel_closed(&self, fd: RawFd) {
