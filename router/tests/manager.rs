@@ -156,6 +156,28 @@ fn a_reader_that_has_taken_a_count_gets_its_event_though_the_id_is_destroyed() {
 }
 
 #[test]
+fn requests_that_come_in_the_place_of_one_that_was_read_go_with_their_listener() {
+    let bed = Bed::new();
+    let (server, client) = (Process::new(&bed), Process::new(&bed));
+    let listener = server.create();
+    server.ask(Command::Bind { id: listener, address: ip("127.0.0.1:7471") }).unwrap();
+    server.ask(Command::Listen { id: listener, backlog: 1 }).unwrap();
+    (0..2).for_each(|_| _ = client.connect("127.0.0.1:7471"));
+    eventually("an event", || server.has_count());
+    rustix::io::read(&server.counter, &mut [0; 8]).unwrap();
+    let gone = server.ask(Command::DestroyId { id: listener });
+    assert_eq!(gone, Ok(CmAnswer::Reported { events: 1, revoked: 0 }));
+    let kinds = |answer| match answer {
+        Ok(CmAnswer::Event(event)) => event.map(|event| event.kind),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(kinds(server.ask(Command::NextEvent)), Some(EventKind::ConnectRequest));
+    assert_eq!(kinds(server.ask(Command::NextEvent)), None);
+    assert!(!server.has_count());
+    client.event(EventKind::Rejected);
+}
+
+#[test]
 fn listeners_are_shown_and_go_with_their_process() {
     let bed = Bed::new();
     let (server, client) = (Process::new(&bed), Process::new(&bed));

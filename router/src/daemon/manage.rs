@@ -14,6 +14,9 @@ use verbs_abi::{
 use super::{ADDRESS_AGE, Daemon, addresses::REFRESHED};
 use crate::session::Parting;
 
+/// Readers of one channel who have taken counts of a listener that ends, one after the other.
+const REQUESTS_IN_TURN: u32 = 8;
+
 impl Daemon {
     /// Opens the connection manager for a process.
     pub(super) fn open_manager(&mut self, id: u32, version: u32) -> Result<(), Parting> {
@@ -70,12 +73,21 @@ impl Daemon {
     /// Takes the counts of the events back that a command revokes, so that nobody sees a count whose event is gone. A
     /// reader who has taken one already gets the event. Returns how many counts were there.
     fn take_back(&mut self, id: u32, channel: u32, command: &Command) -> u32 {
-        // Then there is a count for each event, or a reader who has it.
-        self.settle_managers();
-        let Some((from, events)) = self.broker.revocable(id, channel, command) else { return 0 };
-        let manager = self.sessions.get(&id).and_then(|session| session.manager());
-        let Some(taken) = manager.and_then(|manager| manager.take_back(from, events)) else { return 0 };
-        self.broker.keep(id, channel, command, events - taken);
+        let mut taken = 0;
+        // Handing a request out may make room for the next one, whose event is revoked as well.
+        for _ in 0..REQUESTS_IN_TURN {
+            // Then there is a count for each event, or a reader who has it.
+            self.settle_managers();
+            let Some((from, all)) = self.broker.revocable(id, channel, command) else { break };
+            let events = all.saturating_sub(taken);
+            let manager = self.sessions.get(&id).and_then(|session| session.manager());
+            let Some(counts) = manager.and_then(|manager| manager.take_back(from, events)) else { break };
+            taken += counts;
+            if counts == events {
+                break;
+            }
+            self.broker.keep(id, channel, command, events - counts);
+        }
         taken
     }
 
