@@ -116,7 +116,7 @@ fn rping_that_may_wait(bed: &Bed) -> Result<()> {
     for _ in 0..3 {
         let port = free_port()?;
         let server = serve(bed, "rping -s -p PORT -C 20 -v -V", port)?;
-        let client = run_client(bed, "timeout 10 rping -c -a ADDR -p PORT -C 20 -v -V", port)?;
+        let client = run_client(bed, "timeout 30 rping -c -a ADDR -p PORT -C 20 -v -V", port)?;
         let outcome = outcome.insert(PairOutcome { server: server.stop(Duration::from_secs(2))?, client });
         for end in [&outcome.server, &outcome.client] {
             ensure!(end.stdout.matches("rdma-ping-").count() == 20, "{}", outcome.report());
