@@ -77,6 +77,16 @@ pub(crate) fn tree(prefix: Option<&Path>) -> Result<Tree> {
     build(&Options::default())
 }
 
+/// A tree at another place, with another program `freeflow` in it.
+pub(crate) fn tree_with_program(program: &Path, prefix: &Path) -> Result<Tree> {
+    let (ours, other) = (tree(None)?, Tree::at(prefix));
+    remove(prefix)?;
+    copy_folder(ours.prefix(), prefix)?;
+    install(program, &other.program())?;
+    other.check()?;
+    Ok(other)
+}
+
 /// Builds the tree and returns it.
 fn build(options: &Options) -> Result<Tree> {
     let built = compile(options)?;

@@ -45,7 +45,7 @@ enum Command {
     PerftestCi(perftest_ci::Options),
     /// Run the fuzz targets, with libFuzzer
     Fuzz(fuzz::Options),
-    /// Run the tests of the crates whose threads share memory under ThreadSanitizer
+    /// Run tests of the crates whose threads share memory, and the router under traffic, under ThreadSanitizer
     Tsan(tsan::Options),
     /// Run the benchmarks: those of the crates, then the whole system's ratios
     Bench(bench::Options),
