@@ -33,19 +33,21 @@ const TESTS: [(&str, &[&str], &[&str]); 4] = [
 /// The whole system, by this name among the crates.
 const SYSTEM: &str = "system";
 /// What makes its router's threads meet: the test program, and the words of a test's name; all tests for none.
-const SYSTEM_TESTS: [(&str, &str); 9] = [
-    // The lanes: one QP and several, in the router's seat and in the clients'.
+const SYSTEM_TESTS: [(&str, &str); 10] = [
+    // The lanes, with one QP and with several.
     ("process_tools", "ib_write_bw"),
     ("process_tools", "ib_send_lat"),
+    // Tenants, and clients that ask for much.
     ("isolation", ""),
     // Modes that change under traffic.
     ("policy", ""),
     ("rdma_cm", ""),
     // Links, their cuts, and routers that die.
-    ("hosts_links", ""),
+    ("hosts_links", "link"),
+    ("hosts_links", "pingpong"),
     ("hosts_trouble", ""),
     ("lifecycle", ""),
-    // Clients that die.
+    // Clients that are killed.
     ("death", ""),
 ];
 /// How many of them: the sanitizer makes everything slow.
