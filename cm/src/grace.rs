@@ -1,8 +1,9 @@
 //! The moment between two listeners on one port.
 //!
-//! Some programs (perftest) listen anew for each connection, and their peers ask again at once. On a network the
-//! question takes longer than the change; here it would often be faster and find nobody. So for a short time
-//! after a listener was ended by its own program, requests wait for the next one.
+//! Some programs (perftest) listen anew for each connection, and their peers ask again at once; others (qperf) tell their peer
+//! the port that they have bound before they listen on it. On a network the question takes longer than the change; here it
+//! would often be faster and find nobody. So for a short time after a listener was ended by its own program, requests wait for
+//! the next one, and so they do at a port that is bound.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -44,6 +45,11 @@ impl Graces {
         let until = now + GRACE;
         self.ports.entry(port).or_insert(Grace { until, waiting: Vec::new() }).until = until;
         self.order.push_back((until, port));
+    }
+
+    /// Whether requests wait for that port.
+    pub(crate) fn has(&self, port: Port) -> bool {
+        self.ports.contains_key(&port)
     }
 
     /// Lets a request wait, or gives it back.

@@ -8,7 +8,7 @@ use crate::{
     Body, CommId, Manager, Message, Refusal,
     client::Queued,
     connect::padded,
-    id::{Backlog, Phase, State},
+    id::{Backlog, Id, Phase, State},
     ports::Scope,
     private_data, reason, sidr,
 };
@@ -80,6 +80,9 @@ impl Manager {
             return self.offer(listener, message);
         }
         let port = (message.tenant, message.destination.port());
+        if !self.graces.has(port) && self.is_about_to_listen(&message, space) {
+            self.graces.begin(port, self.now);
+        }
         if let Some(message) = self.graces.wait(port, message) {
             self.refuse(&message, reason::INVALID_SERVICE_ID);
         }
@@ -89,21 +92,29 @@ impl Manager {
     fn listener_for(&self, message: &Message, space: u16) -> Option<CommId> {
         let to = message.destination;
         let listeners = self.listeners.get(&(message.tenant, space, to.port()))?;
-        let listens = |comm: &&CommId| {
-            let Some((id, at)) = self.ids.get(comm).and_then(|id| Some((id, id.source_ip()?))) else {
-                return false;
-            };
-            let Ok(place) = self.place(id) else { return false };
-            // Every namespace has its own loopback addresses.
-            let reaches = !to.ip().is_loopback() || message.namespace == Some(place.namespace);
-            let all = at.ip().is_unspecified() && (!id.af_only || at.is_ipv4() == to.is_ipv4());
-            reaches && (at.ip() == to.ip() || (all && place.owns(to.ip())))
-        };
+        let listens = |comm: &&CommId| self.ids.get(comm).is_some_and(|id| self.is_for(message, id));
         // One that names the address goes before one that takes all.
         let exact = |comm: &&CommId| self.ids[*comm].source_ip().is_some_and(|at| at.ip() == to.ip());
         let mut found = listeners.iter().filter(listens);
         let first = found.clone().find(exact);
         first.or_else(|| found.next()).copied()
+    }
+
+    /// Whether an id has the address that a message goes to.
+    fn is_for(&self, message: &Message, id: &Id) -> bool {
+        let (Some(at), Ok(place)) = (id.source_ip(), self.place(id)) else { return false };
+        let to = message.destination;
+        // Every namespace has its own loopback addresses.
+        let reaches = !to.ip().is_loopback() || message.namespace == Some(place.namespace);
+        let all = at.ip().is_unspecified() && (!id.af_only || at.is_ipv4() == to.is_ipv4());
+        reaches && (at.ip() == to.ip() || (all && place.owns(to.ip())))
+    }
+
+    /// Whether somebody has taken the port and not said yet what for.
+    fn is_about_to_listen(&self, message: &Message, space: u16) -> bool {
+        let holders = self.ports.holders(message.tenant, space, message.destination.port());
+        let mut ids = holders.filter_map(|comm| self.ids.get(&comm));
+        ids.any(|id| id.state == State::Bound && self.is_for(message, id))
     }
 
     /// Gives a request to its listener, now or when there is room.

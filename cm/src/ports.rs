@@ -62,6 +62,12 @@ impl Ports {
         Ok(())
     }
 
+    /// Who holds a port, in all namespaces of a tenant.
+    pub(crate) fn holders(&self, tenant: u32, space: u16, port: u16) -> impl Iterator<Item = CommId> {
+        let scopes = self.0.iter().filter(move |(scope, _)| scope.tenant == tenant && scope.space == space);
+        scopes.filter_map(move |(_, ports)| ports.get(&port)).flatten().copied()
+    }
+
     /// Makes an id a holder of a port.
     pub(crate) fn hold(&mut self, scope: Scope, port: u16, comm: CommId) {
         self.0.entry(scope).or_default().entry(port).or_default().push(comm);

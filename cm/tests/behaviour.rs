@@ -380,6 +380,36 @@ fn a_request_after_the_last_listener_is_refused_a_little_later() {
 }
 
 #[test]
+fn a_request_to_a_port_that_is_bound_waits_a_little_for_its_listener() {
+    let mut bed = Bed::new();
+    let listener = bed.create(1, space::TCP);
+    bind(&mut bed, 1, listener, "0.0.0.0:7000").unwrap();
+    let asking = bed.asking(space::TCP);
+    bed.pass(Duration::from_millis(100));
+    assert_eq!(bed.event(2), None);
+    bed.ask(1, Command::Listen { id: listener, backlog: 0 }).unwrap();
+    let id = bed.expect(1, EventKind::ConnectRequest).id;
+    bed.ask(1, Command::Accept { id, uid: 1, param: Some(param(1)) }).unwrap();
+    assert_eq!(bed.expect(2, EventKind::ConnectResponse).id, asking);
+}
+
+#[test]
+fn a_bound_port_whose_holder_never_listens_refuses_a_little_later_and_no_other_does() {
+    let mut bed = Bed::new();
+    let holder = bed.create(1, space::TCP);
+    bind(&mut bed, 1, holder, "10.0.0.1:7000").unwrap();
+    bed.asking(space::UDP);
+    bed.expect(2, EventKind::Unreachable);
+    bed.asking(space::TCP);
+    assert_eq!(bed.event(2), None);
+    bed.pass(Duration::from_millis(2100));
+    assert_eq!(bed.expect(2, EventKind::Rejected).status, i32::from(reason::INVALID_SERVICE_ID));
+    bed.destroy(1, holder);
+    bed.asking(space::TCP);
+    bed.expect(2, EventKind::Rejected);
+}
+
+#[test]
 fn ids_and_channels_have_a_quota() {
     let mut bed = Bed::with(Settings { seed: 1, ids: 3, tenant_ids: 6, channels: 2, mtu: 5 });
     let ids: Vec<u32> = (0..3).map(|_| bed.create(1, space::TCP)).collect();
