@@ -34,6 +34,7 @@ fn trials() -> Vec<Trial> {
         stage.trial("a libibverbs of an unknown layout is refused with one line", refuses_unknown_layout),
     ];
     trials.extend(pingpong::trials(&stage));
+    trials.extend(pingpong::other_trials(&stage));
     trials.extend(stage.matrix(Tier::Process));
     trials
 }

@@ -16,13 +16,13 @@ use xtask::{
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A program at both ends.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Program {
-    name: &'static str,
+    name: String,
     /// The server's words; `PORT` stands for a free port.
-    server: &'static [&'static str],
+    server: String,
     /// The client's words; `ADDRESS` stands for where the server is.
-    client: &'static [&'static str],
+    client: String,
     /// How the server shows that it can be met.
     meets: Meeting,
     /// What the client prints when it has done what it was asked.
@@ -34,6 +34,11 @@ struct Program {
 }
 
 impl Program {
+    fn new(name: impl Into<String>, meets: Meeting, server: &str, client: &str, proof: &'static str) -> Self {
+        let (server, client) = (server.to_owned(), client.to_owned());
+        Self { name: name.into(), server, client, meets, proof, times: 1, server_ends: false }
+    }
+
     /// The same, so many times, whose server ends by itself.
     fn until_the_end(self, times: u32) -> Self {
         Self { times, server_ends: true, ..self }
@@ -121,209 +126,110 @@ fn mpi_trial(stage: &Stage, name: &'static str, options: &'static [&'static str]
     })
 }
 
-macro_rules! program {
-    ($name:literal, $meets:ident, [$($server:literal),*], [$($client:literal),*], $proof:literal) => {
-        Program { name: $name, server: &[$($server),*], client: &[$($client),*], meets: Meeting::$meets, proof: $proof, times: 1, server_ends: false }
-    };
+/// By its own choice of transports, and by those that verbs has, each kind of operation; then its transports themselves, below
+/// what chooses among them.
+fn ucx() -> Vec<Program> {
+    let mut programs = vec![ucx_perftest("UCX tag_lat by its own choice", "", "-t tag_lat -n 200")];
+    let long = ["tag_bw -s 1048576", "stream_bw -s 65536", "ucp_put_bw -s 65536", "ucp_get -s 65536"];
+    let short = ["tag_lat", "stream_lat", "ucp_am_lat", "ucp_put_lat", "ucp_get"];
+    let atomic = ["ucp_fadd", "ucp_cswap", "ucp_swap", "ucp_add"];
+    for test in [&long[..], &short, &atomic].concat() {
+        let name = format!("UCX {test} over rc and ud");
+        programs.push(ucx_perftest(&name, "env UCX_TLS=rc_verbs,ud_verbs ", &format!("-t {test} -n 200")));
+    }
+    for test in ["tag_lat", "tag_bw -s 4096", "ucp_put_bw -s 65536"] {
+        let name = format!("UCX {test} over ud");
+        programs.push(ucx_perftest(&name, "env UCX_TLS=ud_verbs ", &format!("-t {test} -n 200")));
+    }
+    for (transport, tests) in [
+        (
+            "rc_verbs",
+            &[
+                "am_lat -D short",
+                "am_bw -D bcopy -s 4096",
+                "am_bw -D zcopy -s 4096",
+                "put_lat -D short",
+                "put_bw -D zcopy -s 65536",
+                "get -D bcopy -s 4096",
+                "get -D zcopy -s 65536",
+                "fadd",
+                "cswap",
+                "add_mr",
+            ][..],
+        ),
+        ("ud_verbs", &["am_lat -D short", "am_bw -D bcopy -s 1000", "am_bw -D zcopy -s 1000"]),
+    ] {
+        for test in tests {
+            let words = format!("-d ff0:1 -x {transport} -t {test} -n 200");
+            programs.push(ucx_perftest(&format!("UCX {transport} {test}"), "", &words));
+        }
+    }
+    programs
 }
 
-/// By its own choice of transports, and by each of those that verbs has.
-fn ucx() -> Vec<Program> {
-    vec![
-        program!(
-            "UCX tag_lat by its own choice",
-            Tcp,
-            ["ucx_perftest", "-p", "PORT", "-t", "tag_lat", "-n", "200"],
-            ["ucx_perftest", "ADDRESS", "-p", "PORT", "-t", "tag_lat", "-n", "200"],
-            "Final:"
-        ),
-        program!(
-            "UCX put_bw over rc and ud",
-            Tcp,
-            [
-                "env",
-                "UCX_TLS=rc_verbs,ud_verbs",
-                "ucx_perftest",
-                "-p",
-                "PORT",
-                "-t",
-                "ucp_put_bw",
-                "-s",
-                "65536",
-                "-n",
-                "200"
-            ],
-            [
-                "env",
-                "UCX_TLS=rc_verbs,ud_verbs",
-                "ucx_perftest",
-                "ADDRESS",
-                "-p",
-                "PORT",
-                "-t",
-                "ucp_put_bw",
-                "-s",
-                "65536",
-                "-n",
-                "200"
-            ],
-            "Final:"
-        ),
-        program!(
-            "UCX tag_bw over ud",
-            Tcp,
-            [
-                "env",
-                "UCX_TLS=ud_verbs",
-                "ucx_perftest",
-                "-p",
-                "PORT",
-                "-t",
-                "tag_bw",
-                "-s",
-                "4096",
-                "-n",
-                "200"
-            ],
-            [
-                "env",
-                "UCX_TLS=ud_verbs",
-                "ucx_perftest",
-                "ADDRESS",
-                "-p",
-                "PORT",
-                "-t",
-                "tag_bw",
-                "-s",
-                "4096",
-                "-n",
-                "200"
-            ],
-            "Final:"
-        ),
-    ]
+fn ucx_perftest(name: &str, before: &str, words: &str) -> Program {
+    let (server, client) = (
+        format!("{before}ucx_perftest -p PORT {words}"),
+        format!("{before}ucx_perftest ADDRESS -p PORT {words}"),
+    );
+    Program::new(name, Meeting::Tcp, &server, &client, "Final:")
 }
 
 /// Its own data check (`-c`) where it has one; what it uses of rdma_cm it finds out over TCP. By `ofi_rxm` several times:
 /// one end leaves while the other still waits for its last message.
 fn libfabric() -> Vec<Program> {
+    let pingpong = |name: &str, words: &str, proof| {
+        let server = format!("fi_pingpong -B PORT {words}");
+        Program::new(name, Meeting::Tcp, &server, &format!("fi_pingpong -P PORT {words} ADDRESS"), proof)
+    };
     vec![
-        program!(
-            "libfabric msg",
-            Tcp,
-            ["fi_pingpong", "-B", "PORT", "-p", "verbs", "-e", "msg", "-I", "20", "-c"],
-            ["fi_pingpong", "-P", "PORT", "-p", "verbs", "-e", "msg", "-I", "20", "-c", "ADDRESS"],
-            "1m"
-        ),
-        program!(
-            "libfabric dgram",
-            Tcp,
-            ["fi_pingpong", "-B", "PORT", "-p", "verbs", "-e", "dgram", "-I", "20"],
-            ["fi_pingpong", "-P", "PORT", "-p", "verbs", "-e", "dgram", "-I", "20", "ADDRESS"],
-            "4k"
-        ),
-        program!(
-            "libfabric rdm by rxm",
-            Tcp,
-            ["fi_pingpong", "-B", "PORT", "-p", "verbs;ofi_rxm", "-e", "rdm", "-I", "20", "-c"],
-            ["fi_pingpong", "-P", "PORT", "-p", "verbs;ofi_rxm", "-e", "rdm", "-I", "20", "-c", "ADDRESS"],
-            "1m"
-        )
-        .until_the_end(8),
-        program!(
-            "libfabric rdm by rxd",
-            Tcp,
-            ["fi_pingpong", "-B", "PORT", "-p", "verbs;ofi_rxd", "-e", "rdm", "-I", "20", "-c"],
-            ["fi_pingpong", "-P", "PORT", "-p", "verbs;ofi_rxd", "-e", "rdm", "-I", "20", "-c", "ADDRESS"],
-            "1m"
-        ),
+        pingpong("libfabric msg", "-p verbs -e msg -I 20 -c", "1m"),
+        pingpong("libfabric dgram", "-p verbs -e dgram -I 20", "4k"),
+        pingpong("libfabric rdm by rxm", "-p verbs;ofi_rxm -e rdm -I 20 -c", "1m").until_the_end(8),
+        pingpong("libfabric rdm by rxm, tagged", "-p verbs;ofi_rxm -e rdm -m tagged -I 20 -c", "1m"),
+        pingpong("libfabric rdm by rxd", "-p verbs;ofi_rxd -e rdm -I 20 -c", "1m"),
     ]
 }
 
 /// Not by SEND: fio asks for no RNR retries and posts its receives late, so that a fast device outruns it.
 fn fio() -> Vec<Program> {
-    vec![
-        program!(
-            "fio by RDMA WRITE",
-            Cm,
-            [
-                "fio",
-                "--name=s",
-                "--ioengine=rdma",
-                "--port=PORT",
-                "--rw=read",
-                "--bs=64k",
-                "--size=4m",
-                "--iodepth=4"
-            ],
-            [
-                "fio",
-                "--name=c",
-                "--ioengine=rdma",
-                "--port=PORT",
-                "--rw=write",
-                "--bs=64k",
-                "--size=4m",
-                "--iodepth=4",
-                "--verb=write",
-                "--hostname=ADDRESS"
-            ],
-            "io=4096KiB"
-        ),
-        program!(
-            "fio by RDMA READ",
-            Cm,
-            [
-                "fio",
-                "--name=s",
-                "--ioengine=rdma",
-                "--port=PORT",
-                "--rw=read",
-                "--bs=64k",
-                "--size=4m",
-                "--iodepth=4"
-            ],
-            [
-                "fio",
-                "--name=c",
-                "--ioengine=rdma",
-                "--port=PORT",
-                "--rw=write",
-                "--bs=64k",
-                "--size=4m",
-                "--iodepth=4",
-                "--verb=read",
-                "--hostname=ADDRESS"
-            ],
-            "io=4096KiB"
-        ),
-    ]
+    let words = "fio --name=s --ioengine=rdma --port=PORT --bs=64k --size=4m --iodepth=4";
+    let program = |name: &str, verb: &str| {
+        let (server, client) =
+            (format!("{words} --rw=read"), format!("{words} --rw=write --verb={verb} --hostname=ADDRESS"));
+        Program::new(name, Meeting::Cm, &server, &client, "io=4096KiB")
+    };
+    vec![program("fio by RDMA WRITE", "write"), program("fio by RDMA READ", "read")]
 }
 
+/// All that it has for connections of rdma_cm: without (`-cm1`) it knows LIDs alone.
 fn qperf() -> Vec<Program> {
-    vec![
-        program!(
-            "qperf rc_lat",
-            Tcp,
-            ["qperf", "-lp", "PORT"],
-            ["qperf", "-lp", "PORT", "-cm1", "-t", "1", "ADDRESS", "rc_lat"],
-            "latency"
-        ),
-        program!(
-            "qperf rc_rdma_read_bw",
-            Tcp,
-            ["qperf", "-lp", "PORT"],
-            ["qperf", "-lp", "PORT", "-cm1", "-t", "1", "ADDRESS", "rc_rdma_read_bw"],
-            "bw"
-        ),
-    ]
+    let tests = [
+        ("rc_lat", "latency"),
+        ("rc_bw", "bw"),
+        ("rc_bi_bw", "bw"),
+        ("rc_rdma_read_bw", "bw"),
+        ("rc_rdma_read_lat", "latency"),
+        ("rc_rdma_write_bw", "bw"),
+        ("rc_rdma_write_lat", "latency"),
+        ("rc_rdma_write_poll_lat", "latency"),
+        ("rc_compare_swap_mr", "msg_rate"),
+        ("rc_fetch_add_mr", "msg_rate"),
+        ("ver_rc_compare_swap", "msg_rate"),
+        ("ver_rc_fetch_add", "msg_rate"),
+    ];
+    let program = |(test, proof): (&str, &'static str)| {
+        let client = format!("qperf -lp PORT -cm1 -t 1 ADDRESS {test}");
+        Program::new(format!("qperf {test}"), Meeting::Tcp, "qperf -lp PORT", &client, proof)
+    };
+    tests.map(program).into()
 }
 
 fn trial(stage: &Stage, program: Program) -> Trial {
-    stage.trial(program.name, move |bed| {
-        let binary = program.client.iter().find(|word| !word.contains('=') && **word != "env").copied();
+    stage.trial(program.name.clone(), move |bed| {
+        let binary = program.client.split(' ').find(|word| !word.contains('=') && *word != "env");
         match binary.filter(|binary| !has_program(binary)) {
-            Some(missing) => common::skip(program.name, &format!("{missing} is not installed")),
+            Some(missing) => common::skip(&program.name, &format!("{missing} is not installed")),
             None => (0..program.times).try_for_each(|_| play(bed, &program))?,
         }
         Ok(())
@@ -335,9 +241,9 @@ const MOMENT: Duration = Duration::from_millis(300);
 
 fn play(bed: &Bed, program: &Program) -> Result<()> {
     let port = free_port()?;
-    let fill = |word: &&str| word.replace("PORT", &port.to_string()).replace("ADDRESS", &bed.server.address);
-    let server: Vec<String> = program.server.iter().map(fill).collect();
-    let client: Vec<String> = program.client.iter().map(fill).collect();
+    let fill = |word: &str| word.replace("PORT", &port.to_string()).replace("ADDRESS", &bed.server.address);
+    let server: Vec<String> = program.server.split(' ').map(fill).collect();
+    let client: Vec<String> = program.client.split(' ').map(fill).collect();
     let server = match program.meets {
         Meeting::Cm => bed.start_cm_server(&server, port, LIMIT)?,
         Meeting::Tcp => {

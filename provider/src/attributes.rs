@@ -77,8 +77,9 @@ pub(crate) fn device(welcome: &Welcome) -> ffi::ibv_device_attr_ex {
     attr.max_qp_rd_atom = MAX_RD_ATOM;
     attr.max_res_rd_atom = attr.max_qp.saturating_mul(MAX_RD_ATOM);
     attr.max_qp_init_rd_atom = MAX_RD_ATOM;
-    // Atomics are executed by the processor's own, so they are atomic towards its loads and stores, too.
-    attr.atomic_cap = ffi::IBV_ATOMIC_GLOB;
+    // Atomics are executed by the processor's own, so they are atomic towards its loads and stores, too. That would be GLOB, but
+    // programs take it for atomics of PCI Express alone (UCX), and so for none.
+    attr.atomic_cap = ffi::IBV_ATOMIC_HCA;
     attr.max_ah = i32::MAX;
     attr.max_mcast_grp = limit(welcome.limits.max_mcast);
     attr.max_mcast_qp_attach = attr.max_qp;

@@ -236,7 +236,7 @@ impl Tool {
 
     /// Whether it meets its peer by rdma_cm; then no TCP port shows that it listens.
     fn connects_by_name(&self) -> bool {
-        self.options.iter().any(|option| option == "-R")
+        self.options.iter().any(|option| option == "-R" || option == "-z")
     }
 
     fn words(&self, port: u16, peer: Option<&str>) -> Vec<String> {
