@@ -31,10 +31,20 @@ impl Row {
     }
 }
 
+/// MiB in a gigabit.
+const MIB_OF_GIGABIT: f64 = 1e9 / 8.0 / (1 << 20) as f64;
+
 /// The rows of the result table, in the order in which they were printed.
 pub fn rows(stdout: &str) -> Vec<Row> {
-    let table = stdout.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
-    table.skip(1).filter_map(row).collect()
+    let mut table = stdout.lines().skip_while(|line| !line.trim_start().starts_with("#bytes"));
+    let is_in_gigabits = table.next().is_some_and(|head| head.contains("Gb/sec"));
+    let mut rows: Vec<Row> = table.filter_map(row).collect();
+    if is_in_gigabits {
+        // Peak and average.
+        let bandwidths = rows.iter_mut().flat_map(|row| row.values.iter_mut().take(2));
+        bandwidths.for_each(|value| *value *= MIB_OF_GIGABIT);
+    }
+    rows
 }
 
 /// The only row of a test of one size.
@@ -70,6 +80,13 @@ mod tests {
  #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]    t_stdev[usec]   99% percentile[usec]   99.9% percentile[usec]
  8       1000          1.80           9.96         1.91  	       1.95     	0.18   		2.30    		9.96
 ";
+
+    #[test]
+    fn gigabits_are_told_as_the_same_bandwidth() {
+        let table = BANDWIDTH.replace("MB/sec", "Gb/sec").replace("19823.27", "166.29");
+        let bandwidth = rows(&table)[0].bandwidth().unwrap();
+        assert!((bandwidth - 19823.4).abs() < 1.0, "{bandwidth}");
+    }
 
     #[test]
     fn a_bandwidth_table_is_read() {
