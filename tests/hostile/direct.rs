@@ -221,9 +221,15 @@ fn itself(field: &Field) -> Result<()> {
 }
 
 fn other_type(field: &Field) -> Result<()> {
-    for qp_type in [QpType::Uc, QpType::Ud] {
-        let rig = Rig::new(field, Mode::Direct, qp_type)?;
-        ensure!(rig.offer.is_none(), "{qp_type:?} is executed by its owner");
+    let rig = Rig::new(field, Mode::Direct, QpType::Ud)?;
+    ensure!(rig.offer.is_none(), "UD is executed by its owner");
+    for (peer, own) in [(QpType::Rc, QpType::Uc), (QpType::Uc, QpType::Rc)] {
+        let rig = Rig::new(field, Mode::Direct, peer)?;
+        ensure!(rig.offer.is_some(), "{peer:?} is not executed by its owner");
+        let (pd, cq) = (rig.hostile.pd()?, rig.hostile.cq(None)?.0);
+        let qp = rig.hostile.qp(pd, cq, own)?;
+        let (answer, files) = rig.hostile.connect(&qp, (rig.peer_qp.new.qpn, rig.gid))?;
+        ensure!(answer == Answer::Done && files.is_empty(), "{own:?} may execute on {peer:?}: {answer:?}");
     }
     Ok(())
 }

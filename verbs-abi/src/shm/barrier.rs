@@ -69,7 +69,8 @@ mod tests {
                     }
                     frequent.store(now, Ordering::Relaxed);
                     light(true);
-                    missed.push(rare.load(Ordering::Relaxed) != now);
+                    // It may be the next round's by now.
+                    missed.push(rare.load(Ordering::Relaxed) < now);
                 }
                 missed
             });
