@@ -13,7 +13,7 @@ use verbs_abi::shm::Window;
 /// Copies `len` bytes, the last aligned word last. The ranges may overlap.
 ///
 /// # Safety
-/// `from` is readable and `to` writable for `len` bytes. Other processes may touch both at any time.
+/// `from` is readable and `to` writable for `len` bytes. Others may touch both at any time, processes and the other worker.
 #[inline]
 pub(crate) unsafe fn place(from: *const u8, to: *mut u8, len: usize) {
     if len == 8 && to.addr().is_multiple_of(8) {

@@ -19,7 +19,7 @@ use std::{
     ptr,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, compiler_fence},
+        atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence},
     },
 };
 
@@ -47,8 +47,8 @@ impl Health {
     /// Whether some of the memory is gone. Ask after reading it, and throw away what was read.
     #[inline]
     pub(crate) fn is_spoilt(&self) -> bool {
-        // The handler runs in the middle of a copy: the question must stay behind it.
-        compiler_fence(Ordering::SeqCst);
+        // The handler runs in the middle of a copy, of this thread or another: the question must stay behind it.
+        fence(Ordering::Acquire);
         self.spoilt.load(Ordering::Acquire)
     }
 

@@ -86,8 +86,8 @@ pub(crate) struct Lane {
     seat: Mutex<Seat>,
     /// Others that wait for the fabric.
     waiters: AtomicUsize,
-    /// Whether a worker copies beside the fabric.
-    copying: [AtomicBool; MAX_WORKERS],
+    /// Held by a worker that copies beside the fabric, by index.
+    copying: [Mutex<()>; MAX_WORKERS],
     page: LanePage,
     page_file: OwnedFd,
     /// The cores on which a worker stays; none: one worker goes where it is free.
@@ -197,11 +197,7 @@ impl Lane {
         let seat = self.seat.lock();
         self.waiters.fetch_sub(1, Ordering::Relaxed);
         // None begins while the fabric is locked, and each is short.
-        for copying in &self.copying {
-            while copying.load(Ordering::Acquire) {
-                sched_yield();
-            }
-        }
+        self.copying.iter().for_each(|copying| drop(copying.lock()));
         seat
     }
 
@@ -425,12 +421,13 @@ impl Lane {
     /// Copies what the last turn has set aside, and lets others have the fabric meanwhile. False: there was nothing.
     fn copy_beside(&self, worker: usize, seat: &mut MutexGuard<'_, Seat>) -> bool {
         let Some(copy) = seat.fabric.next_copy() else { return false };
-        self.copying[worker].store(true, Ordering::Relaxed);
+        // Who waits for it has the fabric, and that is this worker.
+        let copying = self.copying[worker].lock();
         MutexGuard::unlocked(seat, || {
             // SAFETY: others but workers lock the fabric by `lock`, which waits for this; a worker's turn takes no
             // memory from a client.
             unsafe { copy.perform() };
-            self.copying[worker].store(false, Ordering::Release);
+            drop(copying);
         });
         seat.fabric.end_copy(copy);
         true

@@ -8,6 +8,8 @@
 //! The QP whose request it is has no turn meanwhile, and neither it nor its peer is flushed. Control verbs must wait
 //! until nothing is being performed: none of them finds memory in use.
 
+use verbs_abi::verbs::QpState;
+
 use super::{Fabric, access::Named};
 use crate::{Memory, place::Placement};
 
@@ -33,8 +35,9 @@ pub(super) struct Copies {
 }
 
 impl Copies {
-    pub(super) fn is_due(&self) -> bool {
-        self.next.is_some()
+    /// Bytes of what is to be performed now, if anything is.
+    pub(super) fn due(&self) -> Option<u64> {
+        self.next.as_ref().map(|copy| copy.placement.len())
     }
 }
 
@@ -72,15 +75,17 @@ impl<M: Memory> Fabric<M> {
             qp.requester.advance(placement.len());
         }
         // Else the next attempt finds the key gone with its client, or tries in vain.
-        self.schedule.enqueue(user.at);
+        self.schedule.take_back(user.at);
     }
 
     /// A QP is no longer kept busy by a copy: flushing may have waited for it. Whether its owner's memory is sound.
     fn lets_go(&mut self, name: Named) -> bool {
         let Some(qp) = self.named_mut(name) else { return false };
         qp.busy -= 1;
-        let owner = qp.owner;
-        self.schedule.enqueue(name.at);
+        let (owner, is_ending) = (qp.owner, matches!(qp.state, QpState::Err | QpState::Sqe));
+        if is_ending {
+            self.schedule.enqueue(name.at);
+        }
         self.clients[owner].as_ref().is_some_and(|client| client.memory.is_intact())
     }
 
@@ -107,6 +112,7 @@ impl<M: Memory> Fabric<M> {
         if let Some(qp) = self.named_mut(user) {
             qp.copying = Some(ticket);
         }
+        debug_assert!(self.copies.next.is_none(), "what was set aside before was not asked for");
         self.copies.next = Some(Copy { ticket, user, peer, placement });
         Some(len)
     }

@@ -420,6 +420,8 @@ impl<M: Memory> Fabric<M> {
         initiator.start(self.links.next_stream, u64::from(qp.attr.sq_psn & PSN));
         self.stop_waiting(at);
         if let Some(qp) = self.qps[at].as_mut() {
+            // What was copied for it belongs to what is executed anew.
+            qp.copying = None;
             let _ = qp.requester.resume();
             qp.far = Some(Box::new(Far {
                 peer,

@@ -153,13 +153,14 @@ impl<M: Memory> Fabric<M> {
             let mut budget = call.budget;
             let more = self.serve(call.at, now, &mut budget);
             // A turn that found nothing has cost something, too.
-            let cost = (call.budget - budget).max(WORK);
+            let due = self.copies.due();
+            let cost = (call.budget - budget).max(WORK).max(due.unwrap_or_default());
             self.schedule.charge(call.client, cost);
             if more {
                 self.schedule.enqueue_again(call.at);
             }
             used += cost;
-            if self.copies.is_due() {
+            if due.is_some() {
                 break;
             }
             if used >= next_look {

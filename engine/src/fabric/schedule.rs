@@ -135,6 +135,18 @@ impl Schedule {
         }
     }
 
+    /// Gives a QP a turn that was away for a moment, in the middle of what it did: its client has had no rest, and what it
+    /// is owed or owes stays.
+    pub(super) fn take_back(&mut self, at: usize) {
+        let Entry { client, queued } = self.entries[at];
+        let lineup = &mut self.lineups[client];
+        if !queued && lineup.place == Place::Idle {
+            lineup.place = Place::Waiting;
+            self.waiting.insert((lineup.had, client));
+        }
+        self.enqueue(at);
+    }
+
     /// Whether a QP has a turn to come.
     pub(super) fn has_turn(&self, at: usize) -> bool {
         self.entries[at].queued

@@ -10,7 +10,7 @@ use verbs_abi::{
 };
 
 use super::Requester;
-use crate::{Memory, Responder, memory::KeyedRange, place::Placement};
+use crate::{MAX_MESSAGE, Memory, Responder, memory::KeyedRange, place::Placement};
 
 /// Bytes from which on a part is worth two more turns with the fabric.
 const LEAST: u64 = if cfg!(fuzzing) { 64 } else { 16 * 1024 };
@@ -28,7 +28,12 @@ impl Requester {
     ) -> Option<Placement> {
         let (len, connects) = (self.wqe.length(), matches!(self.qp_type, QpType::Rc | QpType::Uc));
         let part = (len - self.placed.min(len)).min(MOST);
-        if part < LEAST || !connects || self.stage.in_flight() || self.retry.pause(now).is_some() {
+        if len > MAX_MESSAGE
+            || part < LEAST
+            || !connects
+            || self.stage.in_flight()
+            || self.retry.pause(now).is_some()
+        {
             return None;
         }
         let single = self.wqe.single()?;
@@ -42,6 +47,10 @@ impl Requester {
             true => (AccessFlags::LOCAL_WRITE, AccessFlags::REMOTE_READ),
             false => (AccessFlags::empty(), AccessFlags::REMOTE_WRITE),
         };
+        // What is there is nobody's content: the general way says so.
+        if !local.is_intact() || !remote.is_intact() {
+            return None;
+        }
         // What a window's key stands for may end beside any verb.
         remote.lookup(single.rkey)?;
         let own = KeyedRange { key: sge.lkey, pd: self.pd, qpn: None, iova: sge.addr, len, need: own_right };

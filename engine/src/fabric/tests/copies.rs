@@ -209,3 +209,66 @@ fn a_queue_is_not_drained_while_it_is_copied_for() {
     assert_eq!(events(&mut apps[0]), [EventType::SqDrained]);
     assert_eq!((status(apps[0].sends.pop()), apps[0].sends.pop()), (WcStatus::Success, None));
 }
+
+#[test]
+fn a_message_that_is_too_long_is_not_copied() {
+    let (mut fabric, mut apps, copy) = set_aside(Opcode::Write);
+    let memory = fabric.memory_mut(apps[2].client).unwrap();
+    (memory.table[0].len, memory.table[0].shared_end) = (u64::from(u32::MAX), u64::MAX / 2);
+    let memory = fabric.memory_mut(apps[3].client).unwrap();
+    (memory.table[0].len, memory.table[0].shared_end) = (u64::from(u32::MAX), u64::MAX / 2);
+    let mut wqe = send(Opcode::Write, apps[2].sge(INSIDE, (1 << 30) + 1));
+    (wqe.remote_addr, wqe.rkey) = (apps[3].addr() + INSIDE, apps[3].key);
+    apps[2].post(&wqe);
+    copy_and_end(&mut fabric, copy);
+    fabric.collect();
+    rest(&mut fabric);
+    assert_eq!(status(apps[2].sends.pop()), WcStatus::Success);
+    assert_eq!(status(apps[2].sends.pop()), WcStatus::LocLenErr);
+}
+
+/// Bytes of long writes that clients of these weights move beside each other, copies coming back one turn late.
+fn shares(weights: [u32; 4]) -> [u64; 4] {
+    let mut fabric = Fabric::new();
+    fabric.share_copies(true);
+    let mut pairs = [1, 2, 3, 4].map(|n| {
+        let [a, b] = [n, n + 4].map(|client| App::new(&mut fabric, client, QpType::Rc, Mode::Isolated));
+        a.to_rts(&mut fabric, &b, QpType::Rc);
+        b.to_rts(&mut fabric, &a, QpType::Rc);
+        fabric.set_weight(n, weights[n as usize - 1]);
+        (a, b)
+    });
+    turn(&mut fabric, 0);
+    let (mut moved, mut posted, mut late) = ([0_u64; 4], [0_u64; 4], None);
+    for _ in 0..4000 {
+        for (at, (a, b)) in pairs.iter_mut().enumerate() {
+            while let Some(cqe) = a.sends.pop() {
+                moved[at] += u64::from(cqe.byte_len);
+            }
+            while posted[at] * u64::from(LONG) < moved[at] + 4 * u64::from(LONG) {
+                a.post(&long(Opcode::Write, a, b));
+                posted[at] += 1;
+            }
+        }
+        fabric.collect();
+        fabric.run(0);
+        let copy = fabric.next_copy();
+        if let Some(copy) = std::mem::replace(&mut late, copy) {
+            copy_and_end(&mut fabric, copy);
+        }
+    }
+    moved
+}
+
+#[test]
+fn who_is_copied_for_keeps_its_share() {
+    for weights in [[1, 1, 1, 1], [3, 1, 1, 1]] {
+        let moved = shares(weights);
+        let all: u64 = moved.iter().sum();
+        let shares: u32 = weights.iter().sum();
+        for (bytes, weight) in moved.into_iter().zip(weights) {
+            let due = all * u64::from(weight) / u64::from(shares);
+            assert!(bytes.abs_diff(due) * 10 < due, "{moved:?} by {weights:?}");
+        }
+    }
+}
